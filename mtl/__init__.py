@@ -1,0 +1,1 @@
+"""Transfer and multi-task learning for dense vision prediction."""

@@ -1,0 +1,394 @@
+"""One typed configuration for everything: what to learn, from which weights, on which data, and how.
+
+Nothing here imports torch, so that the command line can answer ``--help`` at once. The fields of `Experiment`
+are the flags of the command line and the keys of the YAML files; what their values mean for one another is
+checked here where that needs no model and no data, and where they are used otherwise.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from mtl.errors import UserError, nearest
+
+SHIPPED_BACKBONE = "mobilenetv4_conv_small"
+"""The timm name of the backbone whose weights come with the package."""
+
+TASKS = ("segmentation", "depth")
+"""The tasks that come with the package."""
+
+DECODERS = ("unet", "unetplusplus", "fpn", "upernet", "segformer", "deeplabv3plus", "dpt")
+"""The decoders of segmentation-models-pytorch that a head can be built from."""
+
+
+class Options(BaseModel):
+    """A group of fields: no unknown keys, and each field's docstring is its help."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class SegmentationOptions(Options):
+    """How the segmentation head learns and is measured."""
+
+    loss: Literal["cross_entropy", "dice", "both"] = "cross_entropy"
+    """The loss: cross-entropy, soft Dice over the classes present, or their sum."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label's probability spread over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """'balanced' weights classes by median frequency (Eigen and Fergus, 2015)."""
+
+
+class DepthOptions(Options):
+    """How the depth head learns and is measured."""
+
+    loss: Literal["l1", "silog", "berhu"] = "l1"
+    """The loss: absolute error in metres, scale-invariant log error, or reverse Huber."""
+    gradient_weight: float = Field(0.0, ge=0)
+    """Weight of a term that matches the spatial gradients of prediction and target at four scales."""
+    min_depth: float = Field(1e-3, gt=0)
+    """Evaluation ignores nearer targets and clamps predictions to this, in metres."""
+    max_depth: float | None = Field(None, gt=0)
+    """Evaluation ignores farther targets and clamps predictions to this, in metres (none: no cap)."""
+    crop: Literal["none", "eigen"] = "none"
+    """'eigen' evaluates inside the NYU crop of Eigen et al. (2014), scaled to the image."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_depth is not None and self.max_depth <= self.min_depth:
+            raise ValueError(f"max_depth {self.max_depth} must be greater than min_depth {self.min_depth}")
+        return self
+
+
+class DataOptions(Options):
+    """Which pictures and labels."""
+
+    name: Literal["scenes", "folder"] = "scenes"
+    """The data set: rooms rendered on the fly, or a folder of images with label folders beside it."""
+    root: Path | None = None
+    """Where the folder's images/, segmentation/ and depth/ are."""
+    description: Path | None = None
+    """YAML with the folder's classes, depth scale and split (none: ROOT/dataset.yaml)."""
+    size: tuple[int, int] = (128, 128)
+    """Height and width in pixels that every sample is fitted to."""
+    domain: Literal["studio", "loft"] = "loft"
+    """Which of the two looks the rendered rooms have."""
+    train_samples: int = Field(800, ge=1)
+    """How many rendered rooms to train on."""
+    val_samples: int = Field(200, ge=1)
+    """How many other rendered rooms to validate on."""
+    scene_seed: int = Field(0, ge=0)
+    """Which rooms are rendered; --seed leaves them as they are."""
+    labels: dict[str, int] = {}
+    """Use this many labelled training images of a task, drawn by --seed (depth=50)."""
+    augment: Literal["none", "colour", "light"] = "none"
+    """Random changes in the loader: 'colour' jitters colours, 'light' also flips left and right."""
+    cache_gb: float = Field(4.0, ge=0)
+    """Keep decoded samples in memory where they fit in this many gigabytes."""
+    cache_dir: Path | None = None
+    """Where rendered rooms are kept between runs (none: the user's cache folder)."""
+    workers: int | None = Field(None, ge=0)
+    """Loader processes (none: 0 where samples are in memory, else one per core)."""
+
+    @field_validator("labels")
+    @classmethod
+    def _positive_labels(cls, value: dict[str, int]) -> dict[str, int]:
+        for task, count in value.items():
+            if count < 1:
+                raise ValueError(f"{task}={count} must be at least 1")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _positive_size(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 16:
+            raise ValueError("height and width must be at least 16 pixels")
+        return value
+
+    @model_validator(mode="after")
+    def _root_given(self) -> Self:
+        if self.name == "folder" and self.root is None:
+            raise ValueError("data set 'folder' needs --data.root, the folder that holds images/")
+        if self.name != "folder" and (self.root is not None or self.description is not None):
+            raise ValueError("--data.root and --data.description belong to --data.name folder")
+        return self
+
+
+class TaskGroup(Options):
+    """What to learn."""
+
+    task: list[str] = ["segmentation", "depth"]
+    """One task or several, learned together on one backbone: segmentation, depth."""
+    loss_weights: dict[str, float] = {}
+    """Weights of the tasks' losses in their sum (segmentation=1 depth=0.5); 1 where not named."""
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("task")
+    @classmethod
+    def _known_tasks(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError(f"name at least one of {', '.join(TASKS)}")
+        for task in value:
+            if task not in TASKS:
+                raise ValueError(
+                    f"{task!r} is not a task{nearest(task, TASKS)}; there are {', '.join(TASKS)}"
+                )
+        if len(set(value)) < len(value):
+            raise ValueError("a task is named twice")
+        return value
+
+    @field_validator("loss_weights")
+    @classmethod
+    def _positive_weights(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        tasks = info.data.get("task", TASKS)
+        for task, weight in value.items():
+            if task not in tasks:
+                raise ValueError(
+                    f"{task!r} is not one of this run's tasks ({', '.join(tasks)}){nearest(task, tasks)}"
+                )
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"{task}={weight} must be positive and finite")
+        return value
+
+
+class TransferGroup(Options):
+    """Where the backbone's weights come from, and whether they may change."""
+
+    init: str = "shipped"
+    """shipped, imagenet (timm's weights, downloaded), none (random), or a path: a run, a checkpoint, weights."""
+    freeze: bool = False
+    """Leave the backbone exactly as it is and train the heads alone."""
+
+
+class ModelGroup(Options):
+    """The network."""
+
+    backbone: str = SHIPPED_BACKBONE
+    """Any timm model that has feature maps."""
+    decoder: str = "auto"
+    """Each head's decoder: auto (unet, or dpt for plain vision transformers), or one by name."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout in the heads, the decoders' hidden ones included (none: the decoders' own)."""
+    channels_last: bool = True
+    """Memory layout in which convolutions are fastest."""
+
+    @field_validator("decoder")
+    @classmethod
+    def _known_decoder(cls, value: str) -> str:
+        allowed = ("auto", *DECODERS)
+        if value not in allowed:
+            raise ValueError(
+                f"{value!r} is not a decoder{nearest(value, allowed)}; there are {', '.join(allowed)}"
+            )
+        return value
+
+
+class TrainingGroup(Options):
+    """How it learns."""
+
+    epochs: int = Field(6, ge=1)
+    """Passes over the training samples."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, however many epochs that takes (none: --epochs decides)."""
+    batch_size: int = Field(16, ge=1)
+    """Samples in a batch, on each device."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients make one optimizer step."""
+    optimizer: Literal["adamw", "adam", "nadam", "radam", "sgd", "rmsprop"] = "adamw"
+    """torch's optimizer of that name."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """Momentum of sgd (0.9 where not given) and rmsprop (0)."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay; norms and biases have none."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: int | None = Field(None, ge=0)
+    """Steps of linear warm-up (none: a twentieth of all)."""
+    clip: float | None = Field(None, gt=0)
+    """Clip the norm of the whole gradient to this."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Evaluate and keep an exponential moving average of the weights with this decay, such as 0.999."""
+    monitor: str = "gain"
+    """Metric that chooses the best checkpoint; 'gain' is the mean share of a constant prediction's error removed."""
+    patience: int | None = Field(None, ge=1)
+    """Stop once --monitor has not improved for this many validations."""
+    validate_every: int | None = Field(None, ge=1)
+    """Optimizer steps between validations (none: after each epoch)."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"] = "32-true"
+    """Lightning's precision."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
+    devices: int = Field(1, ge=1)
+    """How many of them (several: distributed data parallel)."""
+    seed: int = Field(0, ge=0)
+    """Decides initial weights, the order of samples, the draws of augmentation, and which labels are used."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.momentum is not None and self.optimizer not in ("sgd", "rmsprop"):
+            raise ValueError(f"--momentum belongs to --optimizer sgd or rmsprop, not {self.optimizer}")
+        if self.precision == "16-mixed" and self.device == "cpu":
+            raise ValueError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
+        return self
+
+
+class RunGroup(Options):
+    """Where the results go."""
+
+    name: str | None = None
+    """Name of the run and of its folder (none: made from the task, and numbered)."""
+    output_dir: Path = Path("runs")
+    """Folder that holds the runs' folders."""
+    logger: Literal["wandb", "csv"] = "wandb"
+    """wandb (online with a key, offline without) and CSV, or CSV alone."""
+    project: str = "mtl"
+    """Project on W&B."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints to resume from (none: after each epoch)."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder_name(cls, value: str | None) -> str | None:
+        if value is not None and (not value or value in (".", "..") or "/" in value or "\\" in value):
+            raise ValueError(f"{value!r} must be the name of a folder, without slashes")
+        return value
+
+
+class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
+    """Everything that one run depends on."""
+
+    data: DataOptions = DataOptions()
+    segmentation: SegmentationOptions = SegmentationOptions()
+    depth: DepthOptions = DepthOptions()
+
+    @model_validator(mode="after")
+    def _labels_of_tasks(self) -> Self:
+        for task in self.data.labels:
+            if task not in self.task:
+                raise ValueError(
+                    f"--data.labels: {task!r} is not one of this run's tasks ({', '.join(self.task)})"
+                    f"{nearest(task, self.task)}"
+                )
+        return self
+
+
+GROUPS: tuple[type[Options], ...] = (TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup)
+"""The groups of top-level fields, in the order in which a person reads them."""
+
+
+def validate(values: dict[str, Any], where: str = "") -> Experiment:
+    """Make an `Experiment` of plain values.
+
+    Args:
+        values: Nested dictionaries, as YAML or the command line gives them.
+        where: What to put before an error, such as the file's name and a colon.
+
+    Raises:
+        UserError: A field is unknown, or a value is not allowed.
+    """
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise UserError(where + describe(error, Experiment)) from None
+
+
+def load(path: Path) -> Experiment:
+    """Read an experiment from a YAML file.
+
+    Raises:
+        UserError: The file is missing, is not YAML, or does not describe an experiment.
+    """
+    return validate(read_yaml(path), f"{path}: ")
+
+
+def changed(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """Return the experiment with some fields changed, those of `data` one by one.
+
+    Raises:
+        UserError: A change is not allowed.
+    """
+    values = experiment.model_dump(mode="json") | dict(changes)
+    values["data"] = experiment.data.model_dump(mode="json") | dict(changes.get("data", {}))
+    return validate(values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        UserError: The file is missing or is not such a file.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not a text file"
+        raise UserError(f"{path} is not YAML: {problem}{line}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold 'field: value' lines, not {type(values).__name__}")
+    return values
+
+
+def dump(experiment: Experiment) -> str:
+    """Return the experiment as YAML, every field included, that `load` reads back to an equal one."""
+    values = experiment.model_dump(mode="json")
+    grouped = [field for group in GROUPS for field in group.model_fields]
+    ordered = {field: values.pop(field) for field in grouped} | values
+    return yaml.safe_dump(ordered, sort_keys=False, default_flow_style=None)
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in one sentence what pydantic found, naming field, value, what is allowed and the nearest match."""
+    return "; ".join(_sentence(item, model) for item in error.errors(include_url=False))
+
+
+def _sentence(item: ErrorDetails, model: type[BaseModel]) -> str:
+    path = [str(part) for part in item["loc"] if part != "[key]"]
+    field = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        owner: Any = model
+        for part in path[:-1]:
+            owner = owner.model_fields[part].annotation
+        return f"unknown field {field!r}{nearest(path[-1], owner.model_fields)}"
+    if item["type"] == "missing":
+        return f"field {field!r} is required"
+    flag = "--" + field.replace("_", "-")
+    if item["type"] == "value_error":
+        message = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
+        # A validator of a whole group names the flags itself, and so has no field to put before them.
+        return f"{flag}: {message}" if path and "--" not in message else message
+    if item["type"] == "literal_error":
+        allowed = _choices(model, path)
+        return f"{flag} is {item['input']!r}{nearest(str(item['input']), allowed)}; it is one of {', '.join(allowed)}"
+    message = item["msg"].removeprefix("Input should be ")
+    return f"{flag} is {item['input']!r} and should be {message}"
+
+
+def _choices(model: Any, path: list[str]) -> list[str]:
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    return [str(choice) for choice in get_args(model.model_fields[path[-1]].annotation)]

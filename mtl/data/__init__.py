@@ -1,0 +1,1 @@
+"""Data sets: samples and batches, and the ways to read them."""

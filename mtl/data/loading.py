@@ -1,0 +1,286 @@
+"""From a data set's samples to batches, in an order and with draws that nothing but the seed decides."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mtl.data.sample import TARGETS, Batch, Sample, Source
+
+Augment = Callable[[Sample, np.random.Generator], Sample]
+"""A random change of one sample, a pure function of the sample and the generator."""
+
+
+class Key(NamedTuple):
+    """Which sample to load, and where in training it is used.
+
+    Attributes:
+        index: Number of the sample in its data set.
+        epoch: Number of the epoch.
+        position: Place in the epoch's order, counted over all ranks; -1 for a sample that only fills a batch
+            up and whose labels do not count.
+    """
+
+    index: int
+    epoch: int
+    position: int
+
+
+class Batches(Sampler[list[Key]]):
+    """The batches of an epoch, as a function of (seed, epoch) alone.
+
+    Position p of the epoch is the same sample on any number of ranks: each step of all ranks together takes the
+    next ``batch_size * ranks`` positions, and each rank its share of them.
+
+    Args:
+        length: Number of samples.
+        batch_size: Samples in a batch, on each rank.
+        shuffle: Whether each epoch has an order of its own; otherwise that of the indices, every sample once.
+        seed: Seed of the orders.
+        rank: This process.
+        ranks: Number of processes.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.rank, self.ranks = rank, ranks
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        step = self.batch_size * self.ranks
+        if not self.shuffle:
+            return -(-self.length // step)
+        # In training an incomplete step is dropped, as its few samples would weigh more than the others and
+        # feed normalisation with too little, unless it is all there is.
+        return max(1, self.length // step)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        step = self.batch_size * self.ranks
+        for number in range(self.start, len(self)):
+            positions = range(number * step, min((number + 1) * step, self.length))
+            # Ranks that would have fewer samples than others, or none, are filled up with unlabelled ones.
+            shares = [positions[rank :: self.ranks] for rank in range(self.ranks)]
+            batch = [Key(int(order[p]), self.epoch, p) for p in shares[self.rank]]
+            yield batch + [Key(int(order[0]), self.epoch, -1)] * (len(shares[0]) - len(batch))
+
+
+class Samples(Dataset[Batch]):
+    """A data set's samples as batches of tensors.
+
+    Args:
+        source: The data set.
+        indices: Which of its samples to use.
+        targets: Which labels to load; a label that a sample lacks becomes a target without a valid pixel.
+        hidden: For each target, the samples (by index in the source) whose label is not to be used.
+        augment: A random change of each sample, or None.
+        seed: Seed of the augmentation's draws.
+        in_memory: Whether to read every sample once and keep it, images and classes as uint8, depth and
+            normals as float16.
+        progress: Called with the numbers of samples read and to be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int],
+        targets: Iterable[str],
+        *,
+        hidden: dict[str, frozenset[int]] | None = None,
+        augment: Augment | None = None,
+        seed: int = 0,
+        in_memory: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.source, self.indices, self.targets = source, list(indices), tuple(targets)
+        self.hidden, self.augment, self.seed = hidden or {}, augment, seed
+        self.stored: Batch | None = self._read_all(progress) if in_memory else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Return a batch: what a loader asks for in one call."""
+        indices = [key.index for key in keys]
+        if self.stored is not None:
+            batch = {name: values[indices] for name, values in self.stored.items()}
+        else:
+            batch = collate(self._read(indices), self.targets)
+        if self.augment is not None:
+            samples = [
+                _unbatch({name: values[row] for name, values in batch.items()}) for row in range(len(keys))
+            ]
+            for row, key in enumerate(keys):
+                generator = np.random.default_rng([self.seed, key.epoch, max(key.position, 0)])
+                samples[row] = self.augment(samples[row], generator)
+            batch = collate(samples, self.targets)
+        for row, key in enumerate(keys):
+            if key.position < 0:
+                for target in self.targets:
+                    batch[target][row] = TARGETS[target].invalid
+        return batch
+
+    def labels(self, target: str, limit: int = 512) -> Iterator[torch.Tensor]:
+        """Yield the stored labels of a target in chunks, without augmentation.
+
+        Args:
+            target: The target's key.
+            limit: How many samples to read at most where they are not in memory, spread evenly.
+        """
+        if self.stored is not None:
+            yield from self.stored[target].split(64)
+            return
+        rows = np.linspace(0, len(self) - 1, min(limit, len(self))).round().astype(int)
+        for chunk in np.array_split(rows, max(1, len(rows) // 16)):
+            yield collate(self._read(chunk.tolist()), self.targets)[target]
+
+    def _read(self, rows: Sequence[int]) -> list[Sample]:
+        indices = [self.indices[row] for row in rows]
+        samples = self.source.read(indices, self.targets)
+        for index, sample in zip(indices, samples, strict=True):
+            for target in self.targets:
+                if index in self.hidden.get(target, ()):
+                    sample.pop(target, None)
+        return samples
+
+    def _read_all(self, progress: Callable[[int, int], None] | None) -> Batch:
+        """Read every sample once, chunk by chunk, into tensors of the storage types."""
+        stored: Batch = {}
+        rows = range(len(self))
+        for chunk in (rows[start : start + 32] for start in range(0, len(rows), 32)):
+            batch = collate(self._read(chunk), self.targets)
+            for name, values in batch.items():
+                dtype = TARGETS[name].storage if name in TARGETS else values.dtype
+                if name not in stored:
+                    stored[name] = torch.empty((len(rows), *values.shape[1:]), dtype=dtype)
+                stored[name][chunk.start : chunk.stop] = values.to(dtype)
+            if progress is not None:
+                progress(chunk.stop, len(rows))
+        return stored
+
+
+class Loader(DataLoader[Batch]):
+    """A data loader that can go on from the middle of an epoch.
+
+    Its state is the number of batches handed out in the running epoch; Lightning saves and restores it. The
+    batches come lazily, because Lightning makes the iterator before it tells the sampler the epoch.
+    """
+
+    batch_sampler: Batches
+
+    def __init__(self, samples: Samples, batches: Batches, workers: int, pin_memory: bool = False) -> None:
+        # A generator of the loader's own: the base class draws a seed for its workers at every epoch, and
+        # would take it from the generator that dropout uses, once more after a resume than before it.
+        super().__init__(
+            samples,
+            batch_sampler=batches,
+            collate_fn=_identity,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+        self._handed_out = 0
+        self._resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # the base class promises more than it needs
+        resume, self._resume = self._resume, None
+        going_on = resume is not None and resume["epoch"] == self.batch_sampler.epoch
+        self.batch_sampler.start = self._handed_out = resume["batches"] if resume and going_on else 0
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where in its epoch this loader is."""
+        return {"epoch": self.batch_sampler.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where a saved loader was, at the next iteration."""
+        self._resume = dict(state)
+
+
+def collate(samples: Sequence[Sample], targets: Iterable[str]) -> Batch:
+    """Stack samples into a batch of the contract, channels first.
+
+    Args:
+        samples: Samples of one size. A missing label becomes a target without a valid pixel.
+        targets: The dense targets that the batch is to have. Camera intrinsics come along where any sample
+            has them, zero for those without.
+    """
+    batch: Batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)}
+    height, width = batch["image"].shape[-2:]
+    for target in targets:
+        kind = TARGETS[target]
+        shape = (height, width) if kind.channels in (None, 1) else (height, width, kind.channels)
+        missing = np.full(shape, kind.invalid, np.uint8 if kind.dtype == torch.uint8 else np.float32)
+        values = torch.from_numpy(np.stack([s.get(target, missing) for s in samples]))
+        if kind.channels == 1:
+            values = values.unsqueeze(1)
+        elif kind.channels is not None:
+            values = values.permute(0, 3, 1, 2)
+        batch[target] = values
+    if any("intrinsics" in s for s in samples):
+        unknown = np.zeros((3, 3), np.float32)
+        batch["intrinsics"] = torch.from_numpy(np.stack([s.get("intrinsics", unknown) for s in samples]))
+    return batch
+
+
+def choose_labels(source: Source, target: str, count: int | None, seed: int) -> frozenset[int]:
+    """Return the samples whose label of this target is not to be used, so that `count` remain.
+
+    The choice is a function of (seed, target) and the number of labels: with the same seed, fewer labels are a
+    subset of more.
+
+    Args:
+        source: The data set.
+        target: The target's key.
+        count: How many labels to use, or None for all.
+        seed: Seed of the draw.
+    """
+    labelled = np.flatnonzero(source.labelled(target))
+    if count is None or count >= len(labelled):
+        return frozenset()
+    order = np.random.default_rng([seed, *target.encode()]).permutation(labelled)
+    return frozenset(order[count:].tolist())
+
+
+def bytes_in_memory(size: tuple[int, int], targets: Iterable[str], samples: int) -> int:
+    """Return how many bytes `Samples` takes to keep this many samples in memory."""
+    per_pixel = 3 + sum((TARGETS[t].channels or 1) * TARGETS[t].storage.itemsize for t in targets)
+    return size[0] * size[1] * per_pixel * samples
+
+
+def default_workers(in_memory: bool, augmented: bool) -> int:
+    """Return how many loader processes to use where nothing is said: none where a batch is a mere selection."""
+    if in_memory and not augmented:
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _unbatch(row: Batch) -> Sample:
+    sample: Sample = {}
+    for name, values in row.items():
+        array = values.numpy()
+        if name == "image" or (name in TARGETS and (TARGETS[name].channels or 1) > 1):
+            array = array.transpose(1, 2, 0)
+        elif name in TARGETS and TARGETS[name].channels == 1:
+            array = array[0]
+        sample[name] = array.astype(np.float32) if array.dtype == np.float16 else array
+    return sample
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch

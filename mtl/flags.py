@@ -1,0 +1,174 @@
+"""Shows the configuration's pydantic models on the command line, through tyro."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from tyro.constructors import PrimitiveConstructorSpec
+
+from mtl.config import GROUPS, Experiment
+from mtl.errors import UserError, nearest
+
+
+def flags_of(model: type[BaseModel], *, prefix: bool) -> type:
+    """Return a dataclass with a model's fields, for tyro.
+
+    Values are checked by the model afterwards, so that flags and YAML are refused in the same words.
+
+    Args:
+        model: The model.
+        prefix: Whether flags carry the name of the group (``--data.root``) or stand alone (``--lr``).
+    """
+    fields = []
+    for name, info in model.model_fields.items():
+        default = info.get_default(call_default_factory=True)
+        fields.append(
+            (name, _annotation(info, prefix), dataclasses.field(default_factory=lambda value=default: value))
+        )
+    flags = dataclasses.make_dataclass(model.__name__, fields)
+    flags.__doc__ = model.__doc__
+    return flags
+
+
+def train_flags() -> type:
+    """Return the dataclass of all flags of a training: groups without a prefix, then the nested options."""
+    groups = [
+        (group.__name__.removesuffix("Group").lower(), flags_of(group, prefix=False)) for group in GROUPS
+    ]
+    nested = [
+        (name, flags_of(info.annotation, prefix=True))
+        for name, info in Experiment.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+    ]
+    fields = [(name, flags, dataclasses.field(default_factory=flags)) for name, flags in groups + nested]
+    return dataclasses.make_dataclass("Flags", fields, bases=(_Files,))
+
+
+@dataclasses.dataclass
+class _Files:
+    config: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help="YAML file of the same fields; flags override it.")
+    ] = None
+    resume: Annotated[
+        str | None,
+        PrimitiveConstructorSpec(
+            nargs=(0, 1),
+            metavar="[auto|RUN]",
+            instance_from_str=lambda words: words[0] if words else "auto",
+            is_instance=lambda value: value is None or isinstance(value, str),
+            str_from_instance=lambda value: [] if value is None else [value],
+        ),
+        tyro.conf.arg(
+            help="Go on with a run; auto is the one of --name, else the newest, and a new run if there is none."
+        ),
+    ] = None
+    print_config: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Print the configuration that results, and stop."),
+    ] = False
+
+
+def with_values(flags: type, values: dict[str, Any]) -> Any:
+    """Return an instance of a flags dataclass with the given field values, where it has such fields."""
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(flags):
+        if dataclasses.is_dataclass(item.type):
+            nested = values.get(item.name, values)
+            arguments[item.name] = with_values(item.type, nested)  # type: ignore[arg-type]  # a class, by construction
+        elif item.name in values:
+            arguments[item.name] = values[item.name]
+    return flags(**arguments)
+
+
+def values_of(flags: Any) -> dict[str, Any]:
+    """Return a flags instance as the nested dictionary that the configuration's models validate."""
+    values: dict[str, Any] = {}
+    groups = {group.__name__.removesuffix("Group").lower() for group in GROUPS}
+    for item in dataclasses.fields(flags):
+        value = getattr(flags, item.name)
+        if not dataclasses.is_dataclass(value):
+            values[item.name] = value
+        elif item.name in groups:
+            values |= values_of(value)
+        else:
+            values[item.name] = values_of(value)
+    return values
+
+
+def parse(flags: type, default: Any, words: Sequence[str], program: str, description: str) -> Any:
+    """Parse the command line.
+
+    Args:
+        flags: A dataclass, as of `flags_of`.
+        default: The values where no flag is given, or None for the dataclass's own.
+        words: The command line, without the program's name.
+        program: The program's name, for the help.
+        description: What the command does, for the help.
+
+    Raises:
+        UserError: A word is not a flag of this command.
+    """
+    parsed, unknown = tyro.cli(
+        flags,
+        prog=program,
+        description=description,
+        args=list(words),
+        default=tyro.MISSING_NONPROP if default is None else default,
+        return_unknown_args=True,
+    )
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        if not word.startswith("-"):
+            raise UserError(f"{word!r} follows no flag that takes it; {program} --help lists the flags")
+        raise UserError(f"{word} is no flag{nearest(word, _names(flags))}; {program} --help lists the flags")
+    return parsed
+
+
+def _names(flags: type, prefix: str = "") -> list[str]:
+    names = []
+    groups = {group.__name__ for group in GROUPS}
+    for item in dataclasses.fields(flags):
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            nested = "" if item.type.__name__ in groups else f"{item.name}."
+            names += _names(item.type, prefix + nested)
+        else:
+            names.append("--" + (prefix + item.name).replace("_", "-"))
+    return names
+
+
+def _annotation(info: FieldInfo, prefix: bool) -> Any:
+    kind: Any = info.annotation
+    arguments: dict[str, Any] = {"help": info.description, "prefix_name": prefix}
+    if get_origin(kind) is Literal:
+        # The model checks the choice, and suggests the nearest one.
+        arguments["metavar"] = "{" + ",".join(map(str, get_args(kind))) + "}"
+        kind = str
+    elif get_origin(kind) is dict:
+        return Annotated[kind, _mapping(get_args(kind)[1]), tyro.conf.arg(**arguments)]
+    return Annotated[kind, tyro.conf.arg(**arguments)]
+
+
+def _mapping(number: type) -> PrimitiveConstructorSpec[dict[str, Any]]:
+    """Let a mapping be written as ``segmentation=1 depth=0.5``."""
+
+    def read(words: list[str]) -> dict[str, Any]:
+        values = {}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals:
+                raise ValueError(f"{word!r} should have the form NAME=NUMBER")
+            values[name] = number(value)
+        return values
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"NAME={number.__name__.upper()} ...",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={number}" for name, number in value.items()],
+    )

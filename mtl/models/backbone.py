@@ -1,0 +1,158 @@
+"""A timm encoder turned into a pyramid of feature maps, with its own input normalisation."""
+
+import hashlib
+from typing import NamedTuple, Self
+
+import timm
+import torch
+from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
+from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
+from torch import Tensor, nn
+
+from mtl.errors import UserError, nearest
+
+
+class Pyramid(NamedTuple):
+    """What a backbone says about a batch of images, in segmentation-models-pytorch's order.
+
+    Attributes:
+        maps: Feature maps. For a hierarchical encoder the normalised image itself (B, 3, H, W) comes first,
+            then one map for each halving of the resolution; a stage that the encoder does not have is a map
+            with 0 channels. For a plain vision transformer four maps of the patch grid's size.
+        tokens: For a plain vision transformer, each map's prefix tokens (B, P, C), or None; else empty.
+    """
+
+    maps: list[Tensor]
+    tokens: list[Tensor | None]
+
+
+class Backbone(nn.Module):
+    """Any timm encoder as a pyramid of feature maps.
+
+    The mean and standard deviation of the input are buffers, applied in `forward`, so that a checkpoint and
+    an exported model carry them.
+
+    Args:
+        name: timm's name of the model.
+        size: Height and width in pixels, for encoders that are built for one size.
+        output_stride: Stride of the coarsest map; 8 and 16 replace strides by dilation where timm can.
+
+    Attributes:
+        channels: Channels of each map of the pyramid.
+        strides: Stride of each map.
+        plain: Whether this is a plain vision transformer (all maps of one size).
+        stride: Multiple that height and width of an input must be of.
+
+    Raises:
+        UserError: There is no such model, or it has no feature maps a decoder can use.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, size: tuple[int, int] = (224, 224), output_stride: int = 32) -> None:
+        super().__init__()
+        self.name = name
+        self.frozen = False
+        reductions = _reductions(name)
+        self.plain = len(set(reductions)) == 1
+        config = timm.get_pretrained_cfg(name)
+        kwargs = _size_arguments(name, size, self.plain)
+        try:
+            if self.plain:
+                self.encoder: nn.Module = TimmViTEncoder(name, pretrained=False, **kwargs)
+            else:
+                self.encoder = TimmUniversalEncoder(
+                    name, pretrained=False, output_stride=output_stride, **kwargs
+                )
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
+            raise UserError(
+                f"backbone {name!r} cannot be built at {size[0]}x{size[1]} with stride {output_stride} "
+                f"({_first_line(error)}); choose another --backbone, --decoder or --data.size"
+            ) from None
+        self.channels: list[int] = list(self.encoder.out_channels)
+        if self.plain:
+            self.strides = list(self.encoder.output_strides)
+        else:
+            self.strides = [2**level for level in range(len(self.channels))]
+            self.strides = [min(stride, output_stride) for stride in self.strides]
+        self.stride = max(self.strides)
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Pyramid:
+        """Compute the pyramid of images (B, 3, H, W) in [0, 1], H and W multiples of `stride`.
+
+        A frozen backbone builds no graph.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.encoder((image - self.mean) / self.std)
+        return Pyramid(*features) if self.plain else Pyramid(features, [])
+
+    def freeze(self) -> None:
+        """Make the backbone inert: no gradient, no graph, and evaluation mode whatever `train` is told.
+
+        Evaluation mode is what keeps the statistics of normalisation layers fixed and dropout and drop-path off.
+        """
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, unless frozen."""
+        return super().train(mode and not self.frozen)
+
+    def fingerprint(self) -> str:
+        """Return a hash of every parameter and buffer, to show that none has changed."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _reductions(name: str) -> list[int]:
+    """Return the strides of the model's own feature maps, without allocating its weights."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise UserError(
+            f"--backbone: timm has no model {name!r}{nearest(architecture, timm.list_models())}; "
+            "timm.list_models() lists those it has"
+        )
+    if name != architecture and name not in timm.list_pretrained(architecture + ".*"):
+        known = timm.list_pretrained(architecture + ".*")
+        raise UserError(
+            f"--backbone: timm has {architecture!r} but no weights tagged {name!r}{nearest(name, known)}; "
+            f"there are {', '.join(known) or 'none'}"
+        )
+    try:
+        with torch.device("meta"):
+            return list(
+                timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
+            )
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError, AssertionError) as error:
+        raise UserError(
+            f"--backbone: timm's {name!r} gives no feature maps ({_first_line(error)}); choose another backbone"
+        ) from None
+
+
+def _size_arguments(name: str, size: tuple[int, int], plain: bool) -> dict[str, object]:
+    """Return what timm wants to be told of the input's size."""
+    config = timm.get_pretrained_cfg(name)
+    if not config.fixed_input_size:
+        return {}
+    # A plain transformer resamples its position embedding to each input; the others are built for one size.
+    for arguments in ([{"dynamic_img_size": True}] if plain else []) + [{"img_size": size}]:
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, pretrained=False, **arguments)
+        except TypeError:
+            continue
+        except (RuntimeError, NotImplementedError, AssertionError):
+            pass  # the meta device cannot build it; the arguments themselves were accepted
+        return arguments
+    return {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,125 @@
+"""Heads: a segmentation-models-pytorch decoder, a last convolution, and an upsampling without shift."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
+from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mtl.config import DECODERS
+from mtl.errors import UserError, nearest
+from mtl.models.backbone import Backbone, Pyramid
+
+UNET_CHANNELS = (256, 128, 64, 32, 16)
+"""Channels of the five blocks of a U-Net decoder, segmentation-models-pytorch's own default."""
+
+
+class Decoder(NamedTuple):
+    """How one of segmentation-models-pytorch's decoders is built.
+
+    Attributes:
+        build: From a backbone to the module.
+        channels: Channels of the decoder's output.
+    """
+
+    build: Callable[[Backbone], nn.Module]
+    channels: int
+
+
+_DECODERS: dict[str, Decoder] = {
+    "unet": Decoder(lambda b: UnetDecoder(b.channels, UNET_CHANNELS), UNET_CHANNELS[-1]),
+    "unetplusplus": Decoder(lambda b: UnetPlusPlusDecoder(b.channels, UNET_CHANNELS), UNET_CHANNELS[-1]),
+    "fpn": Decoder(lambda b: FPNDecoder(b.channels), 128),
+    "upernet": Decoder(lambda b: UPerNetDecoder(b.channels), 256),
+    "segformer": Decoder(lambda b: SegformerDecoder(b.channels), 256),
+    "deeplabv3plus": Decoder(
+        lambda b: DeepLabV3PlusDecoder(
+            b.channels,
+            encoder_depth=5,
+            out_channels=256,
+            atrous_rates=(12, 24, 36),
+            output_stride=16,
+            aspp_separable=True,
+            aspp_dropout=0.5,
+        ),
+        256,
+    ),
+    "dpt": Decoder(
+        lambda b: DPTDecoder(
+            b.channels,
+            encoder_output_strides=b.strides,
+            encoder_has_prefix_tokens=b.encoder.has_prefix_tokens,
+        ),
+        256,
+    ),
+}
+assert tuple(_DECODERS) == DECODERS
+
+
+def resolve_decoder(decoder: str, backbone: Backbone) -> str:
+    """Return the decoder that `auto` stands for, or the one named if it suits the backbone.
+
+    `auto` is unet, whose maps are aligned, and dpt for plain vision transformers.
+
+    Raises:
+        UserError: There is no such decoder, or it does not suit the backbone.
+    """
+    if decoder == "auto":
+        return "dpt" if backbone.plain else "unet"
+    if decoder not in _DECODERS:
+        raise UserError(
+            f"--decoder: {decoder!r} is unknown{nearest(decoder, _DECODERS)}; there are {', '.join(DECODERS)}"
+        )
+    if backbone.plain != (decoder == "dpt"):
+        kind, way = ("a plain vision transformer", "dpt") if backbone.plain else ("a pyramid", "unet")
+        raise UserError(
+            f"--decoder {decoder} does not fit {backbone.name}, which is {kind}; use --decoder {way} or auto"
+        )
+    return decoder
+
+
+def encoder_stride(decoder: str) -> int:
+    """Return the output stride that a decoder wants of its encoder."""
+    return 16 if decoder == "deeplabv3plus" else 32
+
+
+class Head(nn.Module):
+    """A decoder of its own, a last convolution, and bilinear upsampling to the input's size.
+
+    The upsampling aligns the pixels' areas rather than the corners' centres (``align_corners=False``): labels
+    resized in the usual way stay registered with it, while segmentation-models-pytorch's own head shifts them
+    by up to half a stride.
+
+    Args:
+        backbone: The backbone whose pyramid this head will read.
+        decoder: A resolved decoder's name.
+        channels: Output channels.
+        dropout: Probability for every dropout of the head, its decoder's hidden ones included, and for one
+            before the last convolution; None leaves the decoder's own and adds none.
+    """
+
+    def __init__(self, backbone: Backbone, decoder: str, channels: int, dropout: float | None = None) -> None:
+        super().__init__()
+        build, width = _DECODERS[decoder]
+        self.decoder = build(backbone)
+        if dropout is not None:
+            for module in self.decoder.modules():
+                if isinstance(module, nn.Dropout | nn.Dropout2d):
+                    module.p = dropout
+        self.dropout = nn.Dropout2d(dropout or 0.0)
+        self.output = nn.Conv2d(width, channels, kernel_size=3, padding=1)
+
+    def forward(self, pyramid: Pyramid, size: tuple[int, int]) -> Tensor:
+        """Return outputs (B, channels, H, W) for `size` = (H, W)."""
+        features = (
+            self.decoder(pyramid.maps, pyramid.tokens) if pyramid.tokens else self.decoder(pyramid.maps)
+        )
+        outputs = self.output(self.dropout(features))
+        return functional.interpolate(outputs, size=size, mode="bilinear", align_corners=False)

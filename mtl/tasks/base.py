@@ -1,0 +1,118 @@
+"""What a task is: a head's width, a loss, metrics, and a picture of the result."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from mtl.data.sample import Batch
+
+
+class Task(nn.Module, ABC):
+    """One thing to predict for every pixel.
+
+    A task never sees the backbone, another task or the training loop. It is a module only so that what it
+    has learned from the training labels (class weights, a constant prediction) travels in the checkpoint as
+    buffers; the head's parameters live in the model.
+
+    Shapes below: B images of H x W pixels; ``outputs`` is what the head returns, (B, ``channels``, H, W)
+    floats at the input's resolution.
+
+    Attributes:
+        name: The task's name on the command line, and the prefix of its metrics.
+        target: The batch key of its labels.
+        main_metric: Name (without prefix) of the one metric that stands for the task.
+        higher_is_better: Direction of every metric that `metrics` computes, by its name without prefix;
+            a name ending in ``/*`` speaks for all that start so.
+        class_names: Names of the classes where the prediction is a map of classes, else empty.
+    """
+
+    name: ClassVar[str]
+    target: ClassVar[str]
+    main_metric: ClassVar[str]
+    higher_is_better: ClassVar[dict[str, bool]]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Number of output channels of the head."""
+
+    @abstractmethod
+    def observe(self, targets: Iterable[Tensor]) -> None:
+        """Learn from the training labels what no gradient needs to: the prior, and the constant prediction.
+
+        Args:
+            targets: Chunks of labels as a batch holds them (leading axis: samples), in any storage type.
+        """
+
+    @abstractmethod
+    def initial_bias(self) -> Tensor:
+        """Return the head's initial output bias (``channels``,), so that training starts at the prior."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the scalar loss, averaged over valid pixels.
+
+        A batch without a valid pixel (or without the target's key) gives exactly zero, attached to the
+        graph, with zero gradients.
+        """
+
+    @abstractmethod
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Turn the head's outputs into the prediction in the target's own form and unit."""
+
+    @abstractmethod
+    def constant(self, target: Tensor) -> Tensor:
+        """Return the best guess that ignores the image, in the form of `predict`, shaped for ``target``."""
+
+    @abstractmethod
+    def metrics(self) -> Metric:
+        """Return a fresh metric.
+
+        ``update(prediction, target)`` takes a result of `predict` and the batch's target; ``compute()``
+        returns a dictionary from name (without the task's prefix) to scalar tensor.
+        """
+
+    @abstractmethod
+    def remaining_error(self, metrics: dict[str, float]) -> float:
+        """Return the main metric as an error: zero when perfect, lower is better.
+
+        The ratio of this error to a constant prediction's compares tasks with one another.
+
+        Args:
+            metrics: What `metrics` computed, without the task's prefix.
+        """
+
+    @abstractmethod
+    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, np.ndarray]:
+        """Draw a batch for a person.
+
+        Args:
+            prediction: A result of `predict`.
+            target: The labels, or None if there are none.
+
+        Returns:
+            Pictures (B, H, W, 3) uint8 by title, in the order to show them: the target, the prediction and
+            its error (the first and last only where there is a target), with the unit and range in the title
+            where colours stand for numbers. Invalid pixels are black.
+        """
+
+
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Average `values` where `valid`; exactly zero, still attached to the graph, where nothing is valid.
+
+    Args:
+        values: Any shape, finite everywhere (use a safe target where the label is invalid).
+        valid: Boolean, same shape.
+    """
+    weights = valid.to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=1.0)
+
+
+def no_labels(outputs: Tensor) -> Tensor:
+    """Return a zero loss whose gradient on `outputs` is zero."""
+    return outputs.sum() * 0.0

@@ -1,0 +1,1 @@
+"""What Lightning trains, and what happens around it."""

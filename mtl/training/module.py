@@ -1,0 +1,196 @@
+"""What Lightning trains: the model, its tasks, and how their losses become one."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from mtl.config import Experiment
+from mtl.data.sample import Batch
+from mtl.models.multitask import MultiTaskModel
+from mtl.tasks.base import Task
+from mtl.weighting.fixed import FixedWeights
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+class MultiTaskModule(lightning.LightningModule):
+    """One training step, one validation pass, and the optimizer.
+
+    Args:
+        model: Backbone and heads.
+        tasks: The tasks, in the order in which they are reported.
+        weighting: From losses to weights.
+        options: Optimizer, schedule and the like; all of it is stored in checkpoints.
+        total_steps: Optimizer steps of the whole training, for the schedule.
+        classes: Names of the data's classes, stored in checkpoints.
+
+    Attributes:
+        terms: The last step's raw losses and weights, by task, and their weighted sum, detached.
+        results: The last validation's metrics by full name.
+        constant: The same metrics of each task's constant prediction, once a validation has seen its labels.
+    """
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        tasks: Iterable[Task],
+        weighting: FixedWeights,
+        options: Experiment,
+        total_steps: int,
+        classes: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tasks = nn.ModuleDict({task.name: task for task in tasks})
+        self.weighting = weighting
+        self.options = options
+        self.total_steps = total_steps
+        self.classes = list(classes)
+        self.measured = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
+        self.baseline = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
+        self.terms: dict[str, Tensor] = {}
+        self.results: dict[str, float] = {}
+        self.constant: dict[str, float] = {}
+
+    def each_task(self) -> Iterable[Task]:
+        """Yield the tasks in order."""
+        return (cast(Task, task) for task in self.tasks.values())
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Return each task's prediction, in its own form and unit, for images (B, 3, H, W) in [0, 1]."""
+        outputs = self.model(image)
+        return {task.name: task.predict(outputs[task.name]) for task in self.each_task()}
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Turn stored types into those to compute with, once the batch is on the device."""
+        batch = dict(batch)
+        layout = torch.channels_last if self._channels_last() else torch.contiguous_format
+        batch["image"] = (batch["image"].to(self.dtype) / 255).contiguous(memory_format=layout)
+        for name in ("depth", "normals"):
+            if name in batch:
+                batch[name] = batch[name].float()
+        return batch
+
+    def _channels_last(self) -> bool:
+        weight = next((p for p in self.model.parameters() if p.dim() == 4 and p.shape[1] > 1), None)
+        return weight is not None and weight.is_contiguous(memory_format=torch.channels_last)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the weighted sum of the tasks' losses."""
+        outputs = self.model(batch["image"])
+        losses = {task.name: task.loss(outputs[task.name], batch) for task in self.each_task()}
+        weights: Mapping[str, Tensor] = self.weighting(losses)
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        self.terms = {"train/loss": total.detach()}
+        for name, loss in losses.items():
+            self.terms[f"train/loss/{name}"] = loss.detach()
+            self.terms[f"train/weight/{name}"] = weights[name].detach()
+        return total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure predictions, and at the first validation constant predictions too."""
+        predictions = self(batch["image"])
+        for task in self.each_task():
+            target = batch[task.target]
+            self.measured[task.name].update(predictions[task.name], target)
+            if not self.constant:
+                self.baseline[task.name].update(task.constant(target), target)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute the metrics, and the gain that stands for all tasks."""
+        if not self.constant:
+            self.constant = self._compute(self.baseline)
+        self.results = self._compute(self.measured)
+        self.results["gain"] = gain(self.each_task(), self.results, self.constant)
+        self.log_dict(self.results, logger=False)
+
+    def _compute(self, metrics: nn.ModuleDict) -> dict[str, float]:
+        results = {}
+        for task in self.each_task():
+            metric = metrics[task.name]
+            for name, value in metric.compute().items():
+                results[f"{task.name}/{name}"] = float(value)
+            metric.reset()
+        return results
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer of all that may learn, and its schedule."""
+        options = self.options
+        kwargs: dict[str, Any] = {"lr": options.lr}
+        if options.optimizer == "sgd":
+            kwargs["momentum"] = 0.9 if options.momentum is None else options.momentum
+        elif options.optimizer == "rmsprop":
+            kwargs["momentum"] = options.momentum or 0.0
+        optimizer = _OPTIMIZERS[options.optimizer](parameter_groups(self, options.weight_decay), **kwargs)
+        scale = schedule(options.schedule, self.total_steps, options.warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what was trained, and keep what only the first validation measures."""
+        checkpoint["experiment"] = self.options.model_dump(mode="json")
+        checkpoint["classes"] = self.classes
+        checkpoint["constant"] = self.constant
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what only the first validation measures."""
+        self.constant = checkpoint["constant"]
+
+
+def gain(tasks: Iterable[Task], results: Mapping[str, float], constant: Mapping[str, float]) -> float:
+    """Return the mean over tasks of the share of a constant prediction's error that the model removes.
+
+    1 is perfect, 0 no better than a constant. A task whose labels the validation set lacks is left out.
+    """
+    shares = []
+    for task in tasks:
+        error, reference = (
+            task.remaining_error({name.removeprefix(task.name + "/"): v for name, v in values.items()})
+            for values in (results, constant)
+        )
+        share = 1 - error / reference if reference else math.nan
+        if math.isfinite(share):
+            shares.append(share)
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return what an optimizer is to hold: the parameters that learn; norms and biases without decay."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in learning if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def schedule(kind: str, total_steps: int, warmup: int | None) -> Callable[[int], float]:
+    """Return the learning rate's factor as a function of the optimizer step.
+
+    Linear warm-up from 1 / (warmup + 1), then constant, linear to zero, or half a cosine to zero (Loshchilov and
+    Hutter, 2017, without restarts).
+
+    Args:
+        kind: 'constant', 'linear' or 'cosine'.
+        total_steps: Steps of the whole training.
+        warmup: Steps of warm-up; None is a twentieth of all.
+    """
+    rising = total_steps // 20 if warmup is None else warmup
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        done = min(1.0, (step - rising) / max(1, total_steps - rising))
+        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[kind]
+
+    return factor

@@ -1,0 +1,94 @@
+"""Weights & Biases: online with a key, offline without, and never in the way of training."""
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from mtl.config import Experiment
+from mtl.data.sample import IGNORE_INDEX
+from mtl.tasks.base import Task
+from mtl.training.pictures import Panels
+
+_log = logging.getLogger("mtl")
+
+RUN_ID_FILE = "wandb_id.txt"
+"""File in the run's folder that keeps W&B's id, so that a resumed run goes on as the same one."""
+
+Mode = Literal["online", "offline", "disabled"]
+
+
+def start_wandb(experiment: Experiment, folder: Path, mode: Mode) -> WandbLogger:
+    """Start or continue the run on W&B; where the server cannot be reached, warn and go on offline."""
+    id_file = folder / RUN_ID_FILE
+    run_id = id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:8]
+    id_file.write_text(run_id + "\n")
+    arguments: dict[str, Any] = {
+        "project": experiment.project,
+        "name": folder.name,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(folder),
+        "config": experiment.model_dump(mode="json"),
+    }
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    try:
+        run = wandb.init(mode=mode, settings=settings, **arguments)
+    except Exception as error:  # noqa: BLE001  # whatever its transport raises must not stop training
+        _log.warning("W&B cannot be reached (%s); this run is tracked offline", _short(error))
+        wandb.teardown()
+        run = wandb.init(mode="offline", settings=settings, **arguments)
+    return WandbLogger(experiment=run)
+
+
+def log_predictions(
+    logger: WandbLogger,
+    tasks: Sequence[Task],
+    panels: Panels,
+    predictions: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    step: int,
+) -> None:
+    """Log the pictures: classes as masks over the image, everything else as drawn."""
+    images = panels["input"]
+    content: dict[str, list[wandb.Image]] = {}
+    for task in tasks:
+        if task.class_names:
+            names = {**dict(enumerate(task.class_names)), IGNORE_INDEX: "unlabelled"}
+            content[f"{task.name}/predictions"] = [
+                wandb.Image(
+                    image,
+                    masks={
+                        "prediction": {
+                            "mask_data": _mask(predictions[task.name][row]),
+                            "class_labels": names,
+                        },
+                        "ground_truth": {"mask_data": _mask(targets[task.name][row]), "class_labels": names},
+                    },
+                )
+                for row, image in enumerate(images)
+            ]
+        else:
+            drawn = [pictures for title, pictures in panels.items() if title.startswith(task.name)]
+            caption = " | ".join(["input", *(title for title in panels if title.startswith(task.name))])
+            content[f"{task.name}/predictions"] = [
+                wandb.Image(
+                    np.concatenate([image, *(pictures[row] for pictures in drawn)], axis=1), caption=caption
+                )
+                for row, image in enumerate(images)
+            ]
+    logger.experiment.log({**content, "trainer/global_step": step})
+
+
+def _mask(classes: Tensor) -> np.ndarray:
+    return classes.cpu().numpy().astype(np.uint8)
+
+
+def _short(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,270 @@
+"""Where weights come from, and files that cannot run code."""
+
+import importlib
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from mtl.config import SHIPPED_BACKBONE
+from mtl.errors import UserError
+from mtl.models.backbone import Backbone
+from mtl.models.multitask import MultiTaskModel
+
+SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights" / f"{SHIPPED_BACKBONE}.safetensors"
+"""The weights that come with the package."""
+
+
+@dataclass
+class Report:
+    """What an initialisation did.
+
+    Attributes:
+        source: Where the weights came from, for a person.
+        loaded: Number of backbone tensors taken over.
+        reshaped: Names of those that were fitted to another shape, such as position embeddings.
+        left_out: Names of tensors of the source that this model has no place for.
+        heads: Tasks whose heads were taken over.
+        new_heads: Tasks whose heads start anew.
+    """
+
+    source: str
+    loaded: int = 0
+    reshaped: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
+    new_heads: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.loaded:
+            return f"backbone: {self.source}; heads: new for {', '.join(self.new_heads)}"
+        parts = [f"backbone: {self.loaded} tensors from {self.source}"]
+        if self.reshaped:
+            parts.append(f"{len(self.reshaped)} fitted to another shape ({_some(self.reshaped)})")
+        if self.left_out:
+            parts.append(f"{len(self.left_out)} left out ({_some(self.left_out)})")
+        heads = [f"kept for {', '.join(self.heads)}"] if self.heads else []
+        heads += [f"new for {', '.join(self.new_heads)}"] if self.new_heads else []
+        return "; ".join([*parts, "heads: " + ", ".join(heads)])
+
+
+def initialise(model: MultiTaskModel, init: str) -> Report:
+    """Give a model its initial weights.
+
+    Args:
+        model: The model, randomly initialised.
+        init: 'shipped', 'imagenet', 'none', or the path of a run's folder, a checkpoint of this package, or a
+            timm state dict as safetensors or a torch file.
+
+    Raises:
+        UserError: The weights do not exist, cannot be fetched or read, or do not fit.
+    """
+    backbone = model.backbone
+    if init == "none":
+        return Report("random", new_heads=list(model.heads))
+    if init == "imagenet":
+        report = Report(f"timm's pretrained {backbone.name}", new_heads=list(model.heads))
+        return _load_timm(backbone, _download(backbone), report)
+    if init == "shipped":
+        if backbone.name != SHIPPED_BACKBONE:
+            raise UserError(
+                f"--init shipped holds weights of {SHIPPED_BACKBONE}, not of {backbone.name}; add --init imagenet "
+                "to fetch timm's, --init none to start at random, or --init PATH"
+            )
+        path = SHIPPED_WEIGHTS
+    else:
+        path = find_checkpoint(Path(init)) if Path(init).is_dir() else Path(init)
+    if not path.is_file():
+        raise UserError(
+            f"--init {init}: there is no such file or run; give shipped, imagenet, none, a run's folder, "
+            "a checkpoint or a file of weights"
+        )
+    report = Report("the package" if init == "shipped" else str(path), new_heads=list(model.heads))
+    state, metadata = read_weights(path)
+    if metadata.get("backbone", backbone.name) != backbone.name:
+        raise UserError(
+            f"--init {init} holds weights of {metadata['backbone']}, and the backbone is {backbone.name}; "
+            f"use --backbone {metadata['backbone']} or other weights"
+        )
+    if "experiment" in metadata:
+        return _load_own(model, state, report)
+    for name in ("mean", "std"):
+        if name in metadata:
+            getattr(backbone, name).copy_(torch.tensor(metadata[name]).view(1, 3, 1, 1))
+    return _load_timm(backbone, state, report)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """Return the checkpoint that stands for a run: its best, else its last.
+
+    Raises:
+        UserError: The folder is not a run's or holds no checkpoint.
+    """
+    for name in ("best.ckpt", "last.ckpt"):
+        if (run / name).is_file():
+            return run / name
+    raise UserError(
+        f"{run} holds neither best.ckpt nor last.ckpt; give the folder of a run, such as runs/depth"
+    )
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and what is known about them from a file, without ever running code from it.
+
+    Returns:
+        The tensors by name, and metadata: 'experiment' (a checkpoint of this package), 'backbone', 'mean', 'std'
+        where the file says.
+
+    Raises:
+        UserError: The file is damaged, holds pickled code, or holds no tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                return state, json.loads((file.metadata() or {}).get("mtl", "{}"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged or not a safetensors file ({error}); give another") from None
+    checkpoint = load_checkpoint(path)
+    if "experiment" in checkpoint:
+        experiment = checkpoint["experiment"]
+        return checkpoint["state_dict"], {"experiment": experiment, "backbone": experiment["backbone"]}
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    state = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no tensors by name; give a checkpoint or a state dict")
+    return state, {}
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a torch file of plain values and tensors onto the CPU.
+
+    Raises:
+        UserError: The file is missing, damaged, no checkpoint, or holds pickled code, which is never run.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{path} holds pickled code, which is never run; save its tensors alone, best as safetensors"
+            ) from None
+        raise UserError(
+            f"{path} is not a checkpoint or is damaged; give another, such as the run's last.ckpt"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "is truncated or not a checkpoint"
+        raise UserError(f"{path} {reason}; give another, such as the run's last.ckpt") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another")
+    return checkpoint
+
+
+def timm_names(backbone: Backbone) -> dict[str, str]:
+    """Return timm's own name for each tensor of a backbone's encoder.
+
+    A features-only encoder renames some (``stages_0.`` for ``stages.0.``, a prefix ``model.``) and drops the
+    layers behind the last map.
+    """
+    with torch.device("meta"):
+        full = timm.create_model(backbone.name, pretrained=False).state_dict()
+    names = {}
+    for own in backbone.encoder.state_dict():
+        inner = own.removeprefix("model.")
+        dotted = re.sub(r"^([a-zA-Z]+)_(\d+)\.", r"\1.\2.", inner)
+        twice = re.sub(r"^([a-zA-Z]+)_(\d+)_(\d+)\.", r"\1.\2.\3.", inner)
+        candidates = [inner, dotted, twice, inner.removeprefix("model.")]
+        match = next((name for name in candidates if name in full), None)
+        if match is None:
+            raise UserError(f"{backbone.name}: timm's own model has no tensor for {inner!r}; use --init none")
+        names[own] = match
+    return names
+
+
+def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> Report:
+    """Load a state dict that carries timm's own names."""
+    names = timm_names(backbone)
+    wanted = backbone.encoder.state_dict()
+    if any(
+        timm_name in state and state[timm_name].shape != wanted[own].shape for own, timm_name in names.items()
+    ):
+        state = _fit_shapes(backbone, state, report)
+    missing = [timm_name for timm_name in names.values() if timm_name not in state]
+    wrong = [n for own, n in names.items() if n in state and state[n].shape != wanted[own].shape]
+    if missing or wrong:
+        what = (
+            f"{len(missing)} of {len(names)} tensors are missing ({_some(missing)})"
+            if missing
+            else (f"{len(wrong)} of {len(names)} tensors have another shape ({_some(wrong)})")
+        )
+        raise UserError(
+            f"{report.source} does not fit backbone {backbone.name}: {what}; give weights of that model"
+        )
+    backbone.encoder.load_state_dict({own: state[timm_name].float() for own, timm_name in names.items()})
+    report.loaded = len(names)
+    report.left_out = sorted(set(state) - set(names.values()))
+    return report
+
+
+def _fit_shapes(backbone: Backbone, state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
+    """Let timm's own filter for the architecture resample position embeddings and the like."""
+    architecture: nn.Module = getattr(backbone.encoder, "model", backbone.encoder)
+    filter_function = getattr(
+        importlib.import_module(type(architecture).__module__), "checkpoint_filter_fn", None
+    )
+    if filter_function is None:
+        return state
+    fitted: dict[str, Tensor] = filter_function(dict(state), architecture)
+    report.reshaped = [n for n, v in fitted.items() if n in state and v.shape != state[n].shape]
+    return fitted
+
+
+def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report) -> Report:
+    """Load a checkpoint of this package: the backbone, and the heads of tasks that both have."""
+    prefix = "model.backbone."
+    backbone = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    wanted = model.backbone.state_dict()
+    misfits = [n for n in wanted if n not in backbone or backbone[n].shape != wanted[n].shape]
+    if misfits:
+        raise UserError(
+            f"{report.source} does not fit backbone {model.backbone.name}: {len(misfits)} of {len(wanted)} tensors are "
+            f"missing or have another shape ({_some(misfits)}); use the --backbone and --data.size it was trained with"
+        )
+    model.backbone.load_state_dict({n: backbone[n] for n in wanted})
+    report.loaded = len(wanted)
+    for task, head in model.heads.items():
+        prefix = f"model.heads.{task}."
+        kept = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        own = head.state_dict()
+        if kept.keys() == own.keys() and all(kept[n].shape == own[n].shape for n in own):
+            head.load_state_dict(kept)
+            report.heads.append(task)
+            report.new_heads.remove(task)
+    used = ("model.backbone.", *(f"model.heads.{task}." for task in report.heads))
+    report.left_out = sorted(n for n in state if n.startswith("model.") and not n.startswith(used))
+    return report
+
+
+def _download(backbone: Backbone) -> dict[str, Tensor]:
+    try:
+        return dict(timm.create_model(backbone.name, pretrained=True).state_dict())
+    except Exception as error:  # noqa: BLE001  # hub clients raise whatever their transport raises
+        raise UserError(
+            f"--init imagenet: weights of {backbone.name} cannot be fetched ({type(error).__name__}); "
+            "connect to the hub, give a file with --init PATH, or use --init shipped or none"
+        ) from None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
