@@ -67,9 +67,7 @@ def open_source(experiment: Experiment, split: Split, surroundings: Surroundings
         size=data.size,
         start=0 if training else HELD_OUT_SCENES,
         cache_dir=data.cache_dir or surroundings.cache_dir,
-        progress=None
-        if report is None
-        else lambda done, total: report(f"rendering {split} rooms", done, total),
+        progress=None if report is None else lambda done, total: report(f"rendering {split} rooms", done, total),
     )
 
 
@@ -95,16 +93,11 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
         wanted = data.labels.get(task) if split == "train" else None
         if wanted is not None and wanted > available:
             raise UserError(
-                f"--data.labels {task}={wanted}: {source.info.name} has only {available} training samples with such a label"
+                f"--data.labels {task}={wanted}: {source.info.name} has only {available} such training samples"
             )
         hidden[target] = choose_labels(source, target, wanted, experiment.seed)
     usable = sorted(
-        {
-            int(i)
-            for target in targets.values()
-            for i in source.labelled(target).nonzero()[0]
-            if i not in hidden[target]
-        }
+        {int(i) for target in targets.values() for i in source.labelled(target).nonzero()[0] if i not in hidden[target]}
     )
     in_memory = bytes_in_memory(data.size, targets.values(), len(usable)) <= data.cache_gb * 1e9
     report = surroundings.progress
@@ -116,9 +109,7 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
         augment=LoaderAugmentation(data.augment) if split == "train" and data.augment != "none" else None,
         seed=experiment.seed,
         in_memory=in_memory,
-        progress=None
-        if report is None
-        else lambda done, total: report(f"reading {split} samples", done, total),
+        progress=None if report is None else lambda done, total: report(f"reading {split} samples", done, total),
     )
 
 
@@ -143,7 +134,8 @@ def build_model(experiment: Experiment, tasks: Sequence[Task]) -> MultiTaskModel
     """
     backbone = Backbone(experiment.backbone, experiment.data.size, encoder_stride(experiment.decoder))
     decoder = resolve_decoder(experiment.decoder, backbone)
-    heads = {task.name: Head(backbone, decoder, task.channels, experiment.dropout) for task in tasks}
+    width, dropout = experiment.decoder_channels, experiment.dropout
+    heads = {task.name: Head(backbone, decoder, task.channels, width, dropout) for task in tasks}
     model = MultiTaskModel(backbone, heads)
     _check_runs(model, experiment)
     if experiment.freeze:
@@ -187,9 +179,7 @@ def make_trainer(experiment: Experiment, **arguments: Any) -> lightning.Trainer:
     )
 
 
-def make_loader(
-    samples: Samples, experiment: Experiment, trainer: lightning.Trainer, *, training: bool
-) -> Loader:
+def make_loader(samples: Samples, experiment: Experiment, trainer: lightning.Trainer, *, training: bool) -> Loader:
     """Return the loader of one split."""
     batches = Batches(
         len(samples),
@@ -214,9 +204,7 @@ def check_machine(experiment: Experiment) -> None:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if experiment.device != "auto" and not present[experiment.device]:
         there = ", ".join(name for name, is_there in present.items() if is_there)
-        raise UserError(
-            f"--device {experiment.device}: there is no such device here; there is {there}, or use auto"
-        )
+        raise UserError(f"--device {experiment.device}: there is no such device here; there is {there}, or use auto")
     if experiment.device in ("auto", "cuda") and experiment.devices > torch.cuda.device_count() > 0:
         raise UserError(f"--devices {experiment.devices}: only {torch.cuda.device_count()} GPUs are here")
     on_gpu = experiment.device != "cpu" and (present["cuda"] or present["mps"])

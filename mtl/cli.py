@@ -17,6 +17,7 @@ import tyro
 
 from mtl.config import DataOptions, Experiment, changed, dump, load, validate
 from mtl.errors import UserError, nearest
+from mtl.files import write_whole
 from mtl.flags import flags_of, parse, train_flags, values_of, with_values
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ def main(words: Sequence[str] | None = None, program: str = "python -m mtl") -> 
             print(f"usage: {program} {{{','.join(commands)}}} [-h] [OPTIONS]\n")
             print("\n".join(f"  {name:10} {DESCRIPTIONS[name]}" for name in commands))
         elif command not in commands:
-            raise UserError(
-                f"{command!r} is no command{nearest(command, commands)}; there are {', '.join(commands)}"
-            )
+            raise UserError(f"{command!r} is no command{nearest(command, commands)}; there are {', '.join(commands)}")
         else:
             commands[command](rest, program if program == "train.py" else f"{program} {command}")
     except UserError as error:
@@ -82,10 +81,11 @@ def _train(words: list[str], program: str) -> None:
     outcome = train(experiment, surroundings, resume)
     _print_results(outcome.results, outcome.constant)
     print(f"\n{outcome.steps} steps, {outcome.seconds:.0f} s; everything is in {outcome.folder}:")
-    print("  curves.png  predictions.png  metrics.csv  config.yaml  best.ckpt  last.ckpt")
+    backbone = "" if experiment.freeze else "  backbone.safetensors"
+    print(f"  curves.png  predictions.png  metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
     print("next, for example:")
-    for line in _suggestions(experiment, outcome.folder):
-        print(f"  {line}")
+    for command, purpose in _suggestions(experiment, outcome.folder):
+        print(f"  {command}\n      {purpose}")
 
 
 def _parse_train(flags: type, base: Experiment, words: list[str], program: str) -> dict[str, Any]:
@@ -116,9 +116,7 @@ def _run_to_resume(word: str, name: str | None, output_dir: Path) -> Path | None
         return newest
     run = Path(word) if Path(word).is_dir() else output_dir / word
     if not (run / "last.ckpt").is_file() or not (run / "config.yaml").is_file():
-        raise UserError(
-            f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give a run's folder"
-        )
+        raise UserError(f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give a run's folder")
     return run
 
 
@@ -127,17 +125,15 @@ def _check_same_run(stored: Experiment, experiment: Experiment, run: Path) -> No
     for name, value in after.items():
         if value != before[name] and name not in MAY_CHANGE:
             raise UserError(
-                f"--resume: {name.replace('_', '-')} is {value} here and {before[name]} in {run}, which would be another "
-                f"run; leave it out, or start a new run with --init {run}"
+                f"--resume: {name.replace('_', '-')} is {value} here and {before[name]} in {run}, which would be "
+                f"another run; leave it out, or start a new run with --init {run}"
             )
 
 
 @dataclasses.dataclass
 class _Evaluate:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The run's folder, such as runs/depth-1.")]
-    json: Annotated[
-        Path | None, tyro.conf.arg(help="Also write the metrics to this file: name to number.")
-    ] = None
+    json: Annotated[Path | None, tyro.conf.arg(help="Also write the metrics to this file: name to number.")] = None
     batch_size: Annotated[int | None, tyro.conf.arg(help="Samples in a batch (none: the run's).")] = None
     device: Annotated[str | None, tyro.conf.arg(help="auto, cpu, cuda or mps (none: the run's).")] = None
     precision: Annotated[str | None, tyro.conf.arg(help="Lightning's precision (none: the run's).")] = None
@@ -154,15 +150,12 @@ def _evaluate(words: list[str], program: str) -> None:
     if run is None or run != flags.run:
         raise UserError(f"{flags.run} is not a run's folder, which holds config.yaml and best.ckpt")
     changes = {name: getattr(flags, name) for name in ("batch_size", "device", "precision")}
-    changes = {name: value for name, value in changes.items() if value is not None} | {
-        "data": values_of(flags.data)
-    }
+    changes = {name: value for name, value in changes.items() if value is not None} | {"data": values_of(flags.data)}
     changed(stored, changes)  # refuses a wrong value before anything heavy is loaded
     if flags.json is not None and not flags.json.absolute().parent.is_dir():
         raise UserError(f"--json {flags.json}: its folder does not exist; make it first, or give another")
     surroundings = _surroundings()
     from mtl.experiment import evaluate
-    from mtl.training.history import write_whole
 
     outcome = evaluate(run, changes, surroundings)
     _print_results(outcome.results, outcome.constant)
@@ -182,9 +175,7 @@ def _surroundings() -> "Surroundings":
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", module=r"(lightning|torch|timm|segmentation_models_pytorch|wandb)(\..*)?"
-    )
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|timm|segmentation_models_pytorch|wandb)(\..*)?")
     return Surroundings(_cache_dir(), _wandb_mode(), _ReadingBar())
 
 
@@ -228,7 +219,7 @@ def _wandb_mode() -> Any:
 
 
 def _print_results(results: dict[str, float], constant: dict[str, float]) -> None:
-    """Print the metrics beside those of a constant prediction; classes one by one only in the files."""
+    """Print the metrics beside a constant prediction's; single classes and means over images are in the files alone."""
     from rich.console import Console
     from rich.table import Table
 
@@ -236,21 +227,21 @@ def _print_results(results: dict[str, float], constant: dict[str, float]) -> Non
     for column in table.columns[1:]:
         column.justify = "right"
     for name, value in results.items():
-        if "/iou/" not in name and math.isfinite(value):
+        if "/iou/" not in name and not name.endswith("_image") and math.isfinite(value):
             beside = constant.get(name)
             table.add_row(name, f"{value:.4f}", "" if beside is None else f"{beside:.4f}")
     Console().print(table)
 
 
-def _suggestions(experiment: Experiment, folder: Path) -> list[str]:
-    task = " ".join(experiment.task)
-    other = f"python train.py --task {task} --init {folder}"
-    lines = [f"python -m mtl evaluate {folder} --json metrics.json"]
+def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
+    """Return commands worth trying next, and what each does."""
+    again = f"python train.py --task {' '.join(experiment.task)}"
+    lines = [(f"python -m mtl evaluate {folder} --json metrics.json", "measures the best checkpoint again")]
     if experiment.freeze:
-        lines.append(f"{other}                  # fine-tune everything from here")
-        lines.append(f"python train.py --task {task} --freeze --init none   # the same on a random backbone")
+        lines.append((f"{again} --init {folder}", "goes on from here with the whole network (fine-tuning)"))
+        lines.append((f"{again} --freeze --init none", "the same on a random backbone, to see what this one is worth"))
     else:
-        lines.append(f"{other} --freeze         # keep this backbone, train the heads")
+        lines.append((f"{again} --init {folder} --freeze", "keeps this backbone and trains the heads alone"))
     if len(experiment.task) == 1:
-        lines.append("python train.py --task segmentation depth   # both on one backbone")
+        lines.append(("python train.py --task segmentation depth", "learns both tasks on one backbone"))
     return lines

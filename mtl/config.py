@@ -29,16 +29,14 @@ SHIPPED_BACKBONE = "mobilenetv4_conv_small"
 TASKS = ("segmentation", "depth")
 """The tasks that come with the package."""
 
-DECODERS = ("unet", "unetplusplus", "fpn", "upernet", "segformer", "deeplabv3plus", "dpt")
+DECODERS = ("unet", "fpn", "upernet", "segformer", "deeplabv3plus", "dpt")
 """The decoders of segmentation-models-pytorch that a head can be built from."""
 
 
 class Options(BaseModel):
     """A group of fields: no unknown keys, and each field's docstring is its help."""
 
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 class SegmentationOptions(Options):
@@ -49,7 +47,16 @@ class SegmentationOptions(Options):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label's probability spread over all classes."""
     class_weights: Literal["none", "balanced"] = "none"
-    """'balanced' weights classes by median frequency (Eigen and Fergus, 2015)."""
+    """'balanced' weights classes by median frequency, so that rare ones count (Eigen and Fergus, 2015)."""
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        if self.loss == "dice" and (self.label_smoothing > 0 or self.class_weights != "none"):
+            raise ValueError(
+                "label_smoothing and class_weights act on the cross-entropy, which the loss 'dice' does not have; "
+                "choose the loss 'cross_entropy' or 'both', or leave them out"
+            )
+        return self
 
 
 class DepthOptions(Options):
@@ -147,9 +154,7 @@ class TaskGroup(Options):
             raise ValueError(f"name at least one of {', '.join(TASKS)}")
         for task in value:
             if task not in TASKS:
-                raise ValueError(
-                    f"{task!r} is not a task{nearest(task, TASKS)}; there are {', '.join(TASKS)}"
-                )
+                raise ValueError(f"{task!r} is not a task{nearest(task, TASKS)}; there are {', '.join(TASKS)}")
         if len(set(value)) < len(value):
             raise ValueError("a task is named twice")
         return value
@@ -160,9 +165,7 @@ class TaskGroup(Options):
         tasks = info.data.get("task", TASKS)
         for task, weight in value.items():
             if task not in tasks:
-                raise ValueError(
-                    f"{task!r} is not one of this run's tasks ({', '.join(tasks)}){nearest(task, tasks)}"
-                )
+                raise ValueError(f"{task!r} is not one of this run's tasks ({', '.join(tasks)}){nearest(task, tasks)}")
             if not 0 < weight < float("inf"):
                 raise ValueError(f"{task}={weight} must be positive and finite")
         return value
@@ -184,6 +187,8 @@ class ModelGroup(Options):
     """Any timm model that has feature maps."""
     decoder: str = "auto"
     """Each head's decoder: auto (unet, or dpt for plain vision transformers), or one by name."""
+    decoder_channels: int = Field(128, ge=16, multiple_of=16)
+    """Width of the decoders; segmentation-models-pytorch's own, for large backbones, is 256."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout in the heads, the decoders' hidden ones included (none: the decoders' own)."""
     channels_last: bool = True
@@ -194,9 +199,7 @@ class ModelGroup(Options):
     def _known_decoder(cls, value: str) -> str:
         allowed = ("auto", *DECODERS)
         if value not in allowed:
-            raise ValueError(
-                f"{value!r} is not a decoder{nearest(value, allowed)}; there are {', '.join(allowed)}"
-            )
+            raise ValueError(f"{value!r} is not a decoder{nearest(value, allowed)}; there are {', '.join(allowed)}")
         return value
 
 
@@ -348,6 +351,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not a text file"
         raise UserError(f"{path} is not YAML: {problem}{line}") from None
+    if values is None:  # an empty file: nothing but defaults
+        return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold 'field: value' lines, not {type(values).__name__}")
     return values

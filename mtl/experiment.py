@@ -1,8 +1,9 @@
 """Runs an experiment: trains it from its first line to its last, or measures what came of it."""
 
+import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from mtl.build import (
 from mtl.config import Experiment, changed, dump, validate
 from mtl.data.loading import Key, Samples
 from mtl.errors import UserError
+from mtl.files import write_whole
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter
-from mtl.training.history import History, write_whole
+from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
 from mtl.training.pictures import Panels, draw_curves, draw_predictions
 from mtl.training.tracking import log_predictions, start_wandb
-from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint
+from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, save_backbone
 
 PICTURES = 4
 """How many validation samples are drawn, always the same ones."""
@@ -117,11 +119,13 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         weights_only=True,
     )
     module.load_state_dict(load_checkpoint(find_checkpoint(folder))["state_dict"])
-    outcome = Outcome(
-        folder, _measure(module, validation, experiment), dict(module.constant), trainer.global_step, 0.0
-    )
+    outcome = Outcome(folder, _measure(module, validation, experiment), dict(module.constant), trainer.global_step, 0.0)
     if trainer.is_global_zero:
         _draw(module, validation, history, outcome, wandb_logger)
+        if not experiment.freeze:
+            measured = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
+            about = {"experiment": experiment.model_dump(mode="json"), "steps": outcome.steps, "results": measured}
+            save_backbone(module.model.backbone, folder / "backbone.safetensors", about)
     if wandb_logger:
         wandb_logger.experiment.summary.update({f"best/{k}": v for k, v in outcome.results.items()})
         wandb_logger.experiment.finish()
@@ -169,9 +173,7 @@ def stored_experiment(checkpoint: Mapping[str, Any], path: Path) -> Experiment:
     return validate(checkpoint["experiment"], f"{path}: ")
 
 
-def _callbacks(
-    experiment: Experiment, history: History, best: ModelCheckpoint, folder: Path
-) -> list[Callback]:
+def _callbacks(experiment: Experiment, history: History, best: ModelCheckpoint, folder: Path) -> list[Callback]:
     """Return the callbacks in the order in which they act; Lightning puts the two that save last."""
     callbacks: list[Callback] = [ProgressBar()]
     if experiment.ema is not None:
@@ -184,14 +186,11 @@ def _callbacks(
     return [*callbacks, best, ResumePoint(str(folder / "last.ckpt"), experiment.checkpoint_every, history)]
 
 
-def _prepare(
-    module: MultiTaskModule, experiment: Experiment, training: Samples, surroundings: Surroundings
-) -> None:
+def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples, surroundings: Surroundings) -> None:
     """Give a new module its weights and the tasks their priors, and say what was done."""
     for task in module.each_task():
         task.observe(training.labels(task.target))
-        with torch.no_grad():
-            module.model.heads[task.name].output.bias.copy_(task.initial_bias())
+        module.model.head(task.name).set_bias(task.initial_bias())
     surroundings.say(str(initialise(module.model, experiment.init)))
 
 
@@ -204,9 +203,7 @@ def _new_folder(experiment: Experiment) -> Path:
     if experiment.name is not None:
         folder = experiment.output_dir / experiment.name
         if folder.exists():
-            raise UserError(
-                f"{folder} exists; choose another --name, or go on with that run by --resume {folder}"
-            )
+            raise UserError(f"{folder} exists; choose another --name, or go on with that run by --resume {folder}")
     else:
         base = "-".join([*experiment.task, *(["frozen"] if experiment.freeze else [])])
         taken = [p.name for p in experiment.output_dir.glob(f"{base}*")]
@@ -241,9 +238,7 @@ def _draw(
         log_predictions(wandb_logger, tasks, panels, predictions, targets, outcome.steps)
 
 
-def predict_panels(
-    module: MultiTaskModule, samples: Samples
-) -> tuple[Panels, dict[str, Tensor], dict[str, Tensor]]:
+def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, dict[str, Tensor], dict[str, Tensor]]:
     """Predict a few samples, evenly spread over the set.
 
     Returns:

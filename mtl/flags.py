@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,10 +26,8 @@ def flags_of(model: type[BaseModel], *, prefix: bool) -> type:
     """
     fields = []
     for name, info in model.model_fields.items():
-        default = info.get_default(call_default_factory=True)
-        fields.append(
-            (name, _annotation(info, prefix), dataclasses.field(default_factory=lambda value=default: value))
-        )
+        default = partial(info.get_default, call_default_factory=True)
+        fields.append((name, _annotation(info, prefix), dataclasses.field(default_factory=default)))
     flags = dataclasses.make_dataclass(model.__name__, fields)
     flags.__doc__ = model.__doc__
     return flags
@@ -36,9 +35,7 @@ def flags_of(model: type[BaseModel], *, prefix: bool) -> type:
 
 def train_flags() -> type:
     """Return the dataclass of all flags of a training: groups without a prefix, then the nested options."""
-    groups = [
-        (group.__name__.removesuffix("Group").lower(), flags_of(group, prefix=False)) for group in GROUPS
-    ]
+    groups = [(group.__name__.removesuffix("Group").lower(), flags_of(group, prefix=False)) for group in GROUPS]
     nested = [
         (name, flags_of(info.annotation, prefix=True))
         for name, info in Experiment.model_fields.items()
@@ -78,7 +75,8 @@ def with_values(flags: type, values: dict[str, Any]) -> Any:
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(flags):
         if dataclasses.is_dataclass(item.type):
-            nested = values.get(item.name, values)
+            # Nested options have a mapping of their own; a group's fields are in the mapping itself.
+            nested = values[item.name] if isinstance(values.get(item.name), dict) else values
             arguments[item.name] = with_values(item.type, nested)  # type: ignore[arg-type]  # a class, by construction
         elif item.name in values:
             arguments[item.name] = values[item.name]

@@ -21,7 +21,9 @@ class Draws:
         Args:
             keys: Two 64-bit numbers for each scene.
         """
-        raw = np.stack([np.random.Philox(key=np.array(key, np.uint64)).random_raw(self.SIZE) for key in keys])
+        raw: np.ndarray = np.stack(
+            [np.random.Philox(key=np.array(key, np.uint64)).random_raw(self.SIZE) for key in keys]
+        )
         self._block = (raw >> np.uint64(11)) * 2.0**-53
         self._next = 0
 
@@ -35,4 +37,5 @@ class Draws:
 
     def choice(self, count: int) -> np.ndarray:
         """Return (B,) whole numbers in [0, count)."""
-        return np.floor(self(0.0, count)).astype(np.int64)
+        whole: np.ndarray = np.floor(self(0.0, count)).astype(np.int64)
+        return whole

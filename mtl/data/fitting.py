@@ -53,9 +53,7 @@ def fit(sample: Sample, size: tuple[int, int]) -> Sample:
     source_height, source_width = sample["image"].shape[:2]
     top, left, height, width = _window((source_height, source_width), size)
     rows, columns = slice(top, top + height), slice(left, left + width)
-    fitted = {
-        key: _FITTERS[key](value[rows, columns], size) for key, value in sample.items() if key != "intrinsics"
-    }
+    fitted = {key: _FITTERS[key](value[rows, columns], size) for key, value in sample.items() if key != "intrinsics"}
     if "intrinsics" in sample:
         scale_y, scale_x = size[0] / height, size[1] / width
         to_target = np.array(

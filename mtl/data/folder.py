@@ -2,7 +2,7 @@
 
 .. code-block:: text
 
-    ROOT/dataset.yaml     what the numbers in the labels mean (see `Description`)
+    ROOT/dataset.yaml     what the numbers in the labels mean (see `mtl.data.description`)
     ROOT/images/          .jpg .jpeg .png .bmp .webp .tif .tiff, 8 bits
     ROOT/segmentation/    .png, one channel (grey or palette) of class indices
     ROOT/depth/           .png, 16 bits, times `depth_scale` (0.001 unless stated) in metres; or .npy, (H, W)
@@ -17,20 +17,25 @@ Names, sizes and pixel formats are checked when the data set is opened, values w
 """
 
 import itertools
-import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
-import yaml
-from PIL import ExifTags, Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
+from mtl.data.decoding import (
+    LABEL_SIZES,
+    image_size,
+    read_depth,
+    read_image,
+    read_normals,
+    read_segmentation,
+    reason,
+)
+from mtl.data.description import Description, Split
 from mtl.data.fitting import fit
-from mtl.data.sample import IGNORE_INDEX, TARGETS, DataInfo, Sample
+from mtl.data.sample import TARGETS, DataInfo, Sample
 from mtl.errors import UserError, nearest
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -42,107 +47,6 @@ _SUFFIXES = {
 }
 _DATA_SUFFIXES = {*_IMAGE_SUFFIXES, ".gif", ".npy", ".npz", ".mat", ".exr", ".pfm"}
 """What is surely meant as data: in a folder that does not take it, it is an error, other files are not."""
-
-_DEPTH_RANGE = (1e-3, 1e3)
-"""Metres within which half of a depth map must lie; anything else is a wrong scale."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Intrinsics(_Strict):
-    """A pinhole camera, in pixels of the stored image; the centre of the top left pixel is (0, 0)."""
-
-    fx: PositiveFloat
-    fy: PositiveFloat
-    cx: float
-    cy: float
-
-
-class Split(_Strict):
-    """Which samples are for validation: those in a file, or every so-many-th run of numbers.
-
-    Attributes:
-        validation: A text file of stems, one a line. Relative to the description, ROOT, or the folder above.
-        train: The same for training; all others if absent.
-        every: Where all stems are numbers, runs of consecutive ones (frames of one scene, usually) stay
-            together: of each `every` runs, the first is for validation. Otherwise each file is its own run.
-    """
-
-    validation: Path | None = None
-    train: Path | None = None
-    every: int | None = Field(default=None, ge=2)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if (self.validation is None) == (self.every is None):
-            raise ValueError("it takes either 'validation: FILE' or 'every: NUMBER'")
-        if self.train is not None and self.validation is None:
-            raise ValueError("'train: FILE' needs 'validation: FILE'")
-        return self
-
-
-class Description(_Strict):
-    """What `dataset.yaml` may say.
-
-    Attributes:
-        name: What to call the data set; ROOT's name if absent.
-        classes: Names of the classes in the order of their indices; required where there is segmentation.
-        ignore_index: The value in segmentation that means "no label".
-        depth_scale: Metres per stored unit of depth.
-        intrinsics: The camera of all images.
-        border: Pixels to cut off on each side before anything else.
-        split: By default, the last tenth of the samples in the order of their names is for validation.
-    """
-
-    name: str | None = None
-    classes: tuple[str, ...] = Field(default=(), max_length=IGNORE_INDEX)
-    ignore_index: int = Field(default=IGNORE_INDEX, ge=0, le=2**16 - 1)
-    depth_scale: PositiveFloat | None = None
-    intrinsics: Intrinsics | None = None
-    border: int = Field(default=0, ge=0)
-    split: Split | None = None
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a YAML file.
-
-        Raises:
-            UserError: The file is missing, is not YAML, or says something that is not understood.
-        """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"the description {path} cannot be read ({_reason(error)})") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" in line {mark.line + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "it is not text"
-            raise UserError(f"{path} is not YAML: {problem}{where}") from error
-        if not isinstance(content, dict | None):
-            raise UserError(f"{path} must consist of 'field: value' lines, not of a {type(content).__name__}")
-        try:
-            return cls.model_validate(content or {})
-        except ValidationError as error:
-            raise UserError(f"{path}: {'; '.join(_complaints(error))}") from error
-
-
-def _complaints(error: ValidationError) -> Iterator[str]:
-    """Yield one clause for each thing that pydantic found wrong with a description."""
-    models: dict[str, type[BaseModel]] = {"split": Split, "intrinsics": Intrinsics}
-    for problem in error.errors(include_url=False):
-        *parents, name = (str(part) for part in problem["loc"] or ("",))
-        field = ".".join([*parents, name])
-        if problem["type"] == "extra_forbidden":
-            allowed = (models[parents[-1]] if parents else Description).model_fields
-            yield f"unknown field '{field}'{nearest(name, allowed)}, the fields are {', '.join(allowed)}"
-        elif problem["type"] == "missing":
-            yield f"'{field}' is required"
-        else:
-            message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            quotes = " (put it in quotes)" if problem["type"] == "string_type" else ""
-            yield f"'{field}' is {problem['input']!r}, but {message}{quotes}"
 
 
 class Folder:
@@ -189,12 +93,12 @@ class Folder:
         self._stems, self._images, self._labels, self._size = stems, images, labels, size
         self._readers: dict[str, Callable[[Path], np.ndarray]] = {
             "segmentation": partial(
-                _read_segmentation,
+                read_segmentation,
                 classes=len(self._description.classes),
                 ignore_index=self._description.ignore_index,
             ),
-            "depth": partial(_read_depth, scale=self._description.depth_scale),
-            "normals": _read_normals,
+            "depth": partial(read_depth, scale=self._description.depth_scale),
+            "normals": read_normals,
         }
         self.info = DataInfo(
             name=self._description.name or root.resolve().name,
@@ -231,7 +135,7 @@ class Folder:
         return [self._read(self._stems[index], wanted) for index in indices]
 
     def _read(self, stem: str, targets: Iterable[str]) -> Sample:
-        sample = {"image": _read_image(self._images[stem])}
+        sample = {"image": read_image(self._images[stem])}
         for target in targets:
             if path := self._labels.get(target, {}).get(stem):
                 sample[target] = self._readers[target](path)
@@ -314,15 +218,13 @@ def _check_partners(folder: Path, labels: dict[str, Path], images: dict[str, Pat
 def _check_headers(images: dict[str, Path], labels: dict[str, dict[str, Path]], border: int) -> None:
     """Raise a `UserError` if a file's header tells that it cannot be used, or sizes differ."""
     for stem, image in images.items():
-        height, width = _image_size(image)
+        height, width = image_size(image)
         if min(height, width) <= 2 * border:
-            raise UserError(
-                f"{image} is {width}x{height} pixels, all of which is within the border of {border}"
-            )
+            raise UserError(f"{image} is {width}x{height} pixels, all of which is within the border of {border}")
         for target, files in labels.items():
             if stem not in files:
                 continue
-            label_height, label_width = _LABEL_SIZES[target](files[stem])
+            label_height, label_width = LABEL_SIZES[target](files[stem])
             if (label_height, label_width) != (height, width):
                 raise UserError(
                     f"{files[stem]} is {label_width}x{label_height} pixels, but its image {image.name} is "
@@ -356,9 +258,7 @@ def _split(stems: list[str], split: Split | None, folders: list[Path]) -> dict[s
         held = _listed(split.validation, stems, folders)
         kept_back = _listed(split.train, stems, folders) if split.train else set(stems) - held
         if both := sorted(held & kept_back):
-            raise UserError(
-                f"{both[0]!r} is in both {split.train} and {split.validation}: keep it in one of them"
-            )
+            raise UserError(f"{both[0]!r} is in both {split.train} and {split.validation}: keep it in one of them")
         parts = {"train": [s for s in stems if s in kept_back], "validation": [s for s in stems if s in held]}
         reason = f"{split.validation} lists every image: leave some out"
     if not parts["train"]:
@@ -388,7 +288,7 @@ def _listed(file: Path, stems: list[str], folders: list[Path]) -> set[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the split's file {path} cannot be read ({_reason(error)})") from error
+        raise UserError(f"the split's file {path} cannot be read ({reason(error)})") from error
     listed = {line.strip() for line in lines} - {""}
     if not listed:
         raise UserError(f"the split's file {path} is empty: list stems of images, one a line")
@@ -398,169 +298,3 @@ def _listed(file: Path, stems: list[str], folders: list[Path]) -> set[str]:
             f"{unknown[0]!r}{nearest(unknown[0], stems)}"
         )
     return listed
-
-
-# Single files
-
-
-def _reason(error: Exception) -> str:
-    """Return a library's reason in one line, without the path that our sentence has already."""
-    return getattr(error, "strerror", None) or str(error).split("\n", maxsplit=1)[0].split(" file '")[
-        0
-    ].rstrip(".")
-
-
-@contextmanager
-def _decoding(path: Path) -> Iterator[None]:
-    """Turn what Pillow and NumPy raise for a damaged file into a `UserError`."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} cannot be read ({_reason(error)}): it is truncated or not what its name says"
-        ) from error
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Return an image's height and width, as a viewer would show it."""
-    with _decoding(path), Image.open(path) as image:
-        mode, (width, height) = image.mode, image.size
-        # Pillow would decode the whole of a PNG in search of metadata that may follow the pixels.
-        tagged = image.format != "PNG" or "exif" in image.info
-        turned = tagged and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    if mode.startswith(("I", "F")):
-        raise UserError(f"{path} has pixels of more than 8 bits: convert it to 8 bits a channel")
-    return (width, height) if turned else (height, width)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Decode an image (H, W, 3) uint8."""
-    with _decoding(path), Image.open(path) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def _label_size(
-    what: str, modes: tuple[str, ...], channels: tuple[int, ...]
-) -> Callable[[Path], tuple[int, int]]:
-    """Return a function that checks a label's header and returns its height and width.
-
-    Args:
-        what: The format for a sentence: what such a label must be.
-        modes: Pillow's names of pixel formats that a PNG may have.
-        channels: What must follow height and width in the shape of an array.
-    """
-
-    def size(path: Path) -> tuple[int, int]:
-        if path.suffix.lower() == ".npy":
-            with _decoding(path):
-                array = np.lib.format.open_memmap(path, mode="r")  # the header only, and never a pickle
-            if array.dtype.kind != "f" or array.ndim < 2 or array.shape[2:] != channels:
-                raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, but {what}")
-            return array.shape[0], array.shape[1]
-        with _decoding(path), Image.open(path) as image:
-            mode, (width, height) = image.mode, image.size
-        if mode not in modes:
-            raise UserError(f"{path} is {_MODES.get(mode, f'a picture in mode {mode}')}, but {what}")
-        return height, width
-
-    return size
-
-
-_MODES = {
-    "1": "a black and white picture",
-    "L": "an 8-bit grey picture",
-    "LA": "a grey picture with transparency",
-    "P": "a palette picture",
-    "RGB": "an 8-bit RGB picture",
-    "RGBA": "an 8-bit RGB picture with transparency",
-    "I;16": "a 16-bit grey picture",
-}
-
-_LABEL_SIZES = {
-    "segmentation": _label_size(
-        "segmentation is a PNG of class indices in one channel", ("1", "L", "P", "I;16", "I"), ()
-    ),
-    "depth": _label_size(
-        "depth is a 16-bit grey PNG, or a .npy of floats of shape (H, W)", ("I;16", "I"), ()
-    ),
-    "normals": _label_size(
-        "normals are an 8-bit RGB PNG, or a .npy of floats of shape (H, W, 3)", ("RGB",), (3,)
-    ),
-}
-
-
-def _stored(path: Path) -> np.ndarray:
-    """Decode a label as it is stored."""
-    with _decoding(path):
-        if path.suffix.lower() == ".npy":
-            return np.array(np.lib.format.open_memmap(path, mode="r"))
-        with Image.open(path) as image:
-            return np.array(image)
-
-
-def _read_segmentation(path: Path, classes: int, ignore_index: int) -> np.ndarray:
-    """Decode class indices (H, W) uint8."""
-    stored = _stored(path)
-    ignored = stored == ignore_index
-    wrong = (stored >= classes) & ~ignored
-    if wrong.any():
-        raise UserError(
-            f"{path} has the value {stored[wrong][0]} in {np.count_nonzero(wrong)} pixels, but the {classes} "
-            f"classes are 0 to {classes - 1} and ignore_index is {ignore_index}: correct the label, "
-            "'classes' or 'ignore_index'"
-        )
-    return np.where(ignored, IGNORE_INDEX, stored).astype(np.uint8)
-
-
-def _read_depth(path: Path, scale: float | None) -> np.ndarray:
-    """Decode depth (H, W) float32 in metres."""
-    if scale is None:
-        scale = 1.0 if path.suffix.lower() == ".npy" else 0.001
-    depth = _stored(path).astype(np.float32) * np.float32(scale)
-    finite = np.isfinite(depth)
-    if not finite.all():
-        raise UserError(
-            f"{path} has a depth of {depth[~finite][0]} in {np.count_nonzero(~finite)} pixels: where there "
-            "is no measurement, store 0"
-        )
-    if depth.min() < 0:
-        raise UserError(
-            f"{path} has a negative depth, {depth.min():.4g} m: where there is no measurement, store 0"
-        )
-    if not depth.any():
-        raise UserError(f"{path} has no measurement, every depth is 0: correct it, or remove it")
-    measured = np.count_nonzero(depth)
-    low, high = _DEPTH_RANGE
-    if 2 * np.count_nonzero(depth > high) > measured or 2 * np.count_nonzero(depth >= low) < measured:
-        raise UserError(
-            f"{path} has a median depth of {np.median(depth[depth > 0]):.4g} m with a depth_scale of "
-            f"{scale:g}: state the 'depth_scale' that turns stored values into metres"
-        )
-    return depth
-
-
-def _read_normals(path: Path) -> np.ndarray:
-    """Decode unit normals (H, W, 3) float32 in the camera's frame."""
-    stored = _stored(path)
-    normals = stored.astype(np.float32)
-    if stored.dtype == np.uint8:
-        normals = normals * np.float32(2 / 255) - 1
-    if not np.isfinite(normals).all():
-        raise UserError(
-            f"{path} has a normal that is not finite: where there is no measurement, store (0, 0, 0)"
-        )
-    length = np.linalg.norm(normals, axis=-1, keepdims=True)
-    # A stored unit vector has length 1 up to rounding; grey has 0, black and white the square root of 3.
-    valid = (length > 0.5) & (length < 1.5)
-    if not valid.any():
-        raise UserError(
-            f"{path} has no measurement, no vector has a length of about 1: correct it, or remove it"
-        )
-    if np.mean(normals[..., 2][valid[..., 0]] > 0) > 0.9:
-        raise UserError(
-            f"{path} has surfaces that face away from the camera: normals must be x right, y down, z forward "
-            "(negate y and z if they are x right, y up, z towards the camera)"
-        )
-    unit = np.zeros_like(normals)
-    np.divide(normals, length, out=unit, where=valid)
-    return unit

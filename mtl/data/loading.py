@@ -1,5 +1,6 @@
 """From a data set's samples to batches, in an order and with draws that nothing but the seed decides."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,13 +19,13 @@ class Key(NamedTuple):
     """Which sample to load, and where in training it is used.
 
     Attributes:
-        index: Number of the sample in its data set.
+        row: Number of the sample among those that are loaded.
         epoch: Number of the epoch.
         position: Place in the epoch's order, counted over all ranks; -1 for a sample that only fills a batch
             up and whose labels do not count.
     """
 
-    index: int
+    row: int
     epoch: int
     position: int
 
@@ -59,7 +60,7 @@ class Batches(Sampler[list[Key]]):
     def __len__(self) -> int:
         step = self.batch_size * self.ranks
         if not self.shuffle:
-            return -(-self.length // step)
+            return math.ceil(self.length / step)
         # In training an incomplete step is dropped, as its few samples would weigh more than the others and
         # feed normalisation with too little, unless it is all there is.
         return max(1, self.length // step)
@@ -113,15 +114,13 @@ class Samples(Dataset[Batch]):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return a batch: what a loader asks for in one call."""
-        indices = [key.index for key in keys]
+        rows = [key.row for key in keys]
         if self.stored is not None:
-            batch = {name: values[indices] for name, values in self.stored.items()}
+            batch = {name: values[rows] for name, values in self.stored.items()}
         else:
-            batch = collate(self._read(indices), self.targets)
+            batch = collate(self._read(rows), self.targets)
         if self.augment is not None:
-            samples = [
-                _unbatch({name: values[row] for name, values in batch.items()}) for row in range(len(keys))
-            ]
+            samples = [_unbatch({name: values[row] for name, values in batch.items()}) for row in range(len(keys))]
             for row, key in enumerate(keys):
                 generator = np.random.default_rng([self.seed, key.epoch, max(key.position, 0)])
                 samples[row] = self.augment(samples[row], generator)
@@ -140,7 +139,7 @@ class Samples(Dataset[Batch]):
             limit: How many samples to read at most where they are not in memory, spread evenly.
         """
         if self.stored is not None:
-            yield from self.stored[target].split(64)
+            yield from torch.split(self.stored[target], 64)
             return
         rows = np.linspace(0, len(self) - 1, min(limit, len(self))).round().astype(int)
         for chunk in np.array_split(rows, max(1, len(rows) // 16)):
@@ -282,5 +281,5 @@ def _unbatch(row: Batch) -> Sample:
     return sample
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: Any) -> Any:
     return batch

@@ -98,13 +98,16 @@ def cast(scene: Scene, intrinsics: Tensor, top: int, out: Batch) -> None:
 
 
 def spans(scene: Scene, origin: Vector, direction: Vector) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each thing in the room and where rays are inside: from t = enter to leave, if enter < leave."""
+    """Yield things in the rooms and where rays are inside: from t = enter to leave, if enter < leave."""
+    present = (scene["half"][..., 2] > 0).any(0).tolist()
     dx, dy, dz = direction
     ox, oy, oz = origin
     up = _inverse(dz)
     start_z, speed_z = oz * up, up.abs()
 
     for first, parts in FRAMES:
+        if not present[first]:
+            continue
         c, s = (scene["turn"][:, first, k, None] for k in range(2))
         across, deep = _inverse(c * dx + s * dy), _inverse(c * dy - s * dx)
         start_x, start_y = (c * ox + s * oy) * across, (c * oy - s * ox) * deep
@@ -121,7 +124,7 @@ def spans(scene: Scene, origin: Vector, direction: Vector) -> Iterator[tuple[int
 
     flat = (dx * dx + dy * dy).clamp(min=1e-9)
     full = flat + dz * dz
-    for solid in range(FIRST_BALL, SOLIDS):
+    for solid in filter(present.__getitem__, range(FIRST_BALL, SOLIDS)):
         cx, cy, cz = _vector(scene["centre"][:, solid])
         radius, _, hz = _vector(scene["half"][:, solid])
         ball = solid < FIRST_CYLINDER
@@ -131,7 +134,7 @@ def spans(scene: Scene, origin: Vector, direction: Vector) -> Iterator[tuple[int
             square, middle, distance = full, middle + pz * dz, distance + pz * pz
         inside = middle * middle - square * (distance - radius * radius)
         # Rays that graze at less than half a degree miss, so that rounding cannot turn a normal away.
-        root = (inside * (inside > 1e-4 * square * (radius * radius))).sqrt()
+        root = torch.where(inside > 1e-4 * square * (radius * radius), inside, 0.0).sqrt()
         enter, leave = (-middle - root) / square, (root - middle) / square
         if not ball:
             z, rz = cz * up - start_z, speed_z * hz
@@ -159,9 +162,7 @@ def first_hit(scene: Scene, eye: Vector, direction: Vector) -> tuple[Tensor, Ten
     return depth, solid
 
 
-def describe(
-    scene: Scene, point: Vector, direction: Vector, solid: Tensor
-) -> tuple[Vector, Tensor, Tensor, Tensor]:
+def describe(scene: Scene, point: Vector, direction: Vector, solid: Tensor) -> tuple[Vector, Tensor, Tensor, Tensor]:
     """Return hits' world normals, surface (B, P) int64, and texture coordinates u and v in metres."""
     table = torch.cat([scene["centre"], scene["half"], scene["turn"]], -1)
     cx, cy, cz, hx, hy, hz, c, s = _lookup(table, solid)
@@ -246,9 +247,7 @@ def shade(
 
     # Corners see less of the room. Distances to its walls, floor and ceiling; one of them is zero.
     open_sky = 1.0 + 0.25 * normal[2]
-    for p, middle, half in zip(
-        point, _vector(scene["centre"][:, ROOM]), _vector(scene["half"][:, ROOM]), strict=True
-    ):
+    for p, middle, half in zip(point, _vector(scene["centre"][:, ROOM]), _vector(scene["half"][:, ROOM]), strict=True):
         gap = (half - (p - middle).abs()).abs()
         open_sky = open_sky * ((gap + 0.12) / (gap + 0.3))
     channels = []
@@ -290,9 +289,7 @@ def paint(scene: Scene, surface: Tensor, u: Tensor, v: Tensor, footprint: Tensor
     # Stripes and checkers change colour half way through a period, bricks end in a seam of mortar.
     half_a, half_b = _ramp(edge_a - 0.25, blur_a), _ramp(edge_b - 0.25, blur_b)
     seam = torch.maximum(_ramp(0.012 / period_u - edge_a, blur_a), _ramp(0.012 / period_v - edge_b, blur_b))
-    mix = torch.where(
-        pattern == CHECKER, half_a + half_b - 2.0 * half_a * half_b, half_a * (pattern == STRIPES)
-    )
+    mix = torch.where(pattern == CHECKER, half_a + half_b - 2.0 * half_a * half_b, half_a * (pattern == STRIPES))
     mix = torch.where(brick, seam, mix)
     tone = 1.0 + variation * (brick * (_random(a.floor(), row) - 0.5))
 
@@ -301,8 +298,7 @@ def paint(scene: Scene, surface: Tensor, u: Tensor, v: Tensor, footprint: Tensor
     fade = (1.5 - footprint / torch.minimum(grain_u, grain_v)).clamp(0.0, 1.0)
     tone = tone * (1.0 + noise * fade * 1.6 * grain)
     red, green, blue = (
-        (first + (second - first) * mix) * tone
-        for first, second in zip(material[:3], material[3:6], strict=True)
+        (first + (second - first) * mix) * tone for first, second in zip(material[:3], material[3:6], strict=True)
     )
     return red, green, blue, gloss
 

@@ -178,9 +178,7 @@ def _patch(
     return np.stack([foot - reach + _UP * low[:, None], foot + reach + _UP * high[:, None]], 1)
 
 
-def _doorway(
-    draws: Draws, extent: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _doorway(draws: Draws, extent: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Open a wall to a corridor.
 
     Returns:
@@ -328,13 +326,9 @@ class _Furniture:
             limit = 0.2 * half[:, 0]
             radius, size = np.minimum(draws(0.06, 0.14), limit), np.minimum(draws(0.05, 0.13), limit)
             height = draws(0.03, 0.18)
-            sizes = (np.stack([radius, size, height], -1), _round(radius, radius), _round(radius, height))[
-                place
-            ]
+            sizes = (np.stack([radius, size, height], -1), _round(radius, radius), _round(radius, height))[place]
             spot = top + _turned(places[:, place] * half[:, 0], draws(-0.35, 0.35) * half[:, 1], turn)
-            self._put(
-                solid, _Thing(spot, sizes, _rotation(draws(-1.0, 1.0)), np.any(present, 0) & (draws() < 0.75))
-            )
+            self._put(solid, _Thing(spot, sizes, _rotation(draws(-1.0, 1.0)), np.any(present, 0) & (draws() < 0.75)))
 
 
 def _materials(draws: Draws, style: Style) -> np.ndarray:

@@ -7,7 +7,6 @@ machine and in any batch; the image's size changes how finely a scene is seen, n
 """
 
 import json
-import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -215,15 +214,12 @@ class Scenes:
 def _validate(domain: str, seed: int, size: tuple[int, int]) -> None:
     if domain not in DOMAINS:
         raise UserError(
-            f"scenes: there is no domain {domain!r}{nearest(domain, DOMAINS)}; "
-            f"choose one of {', '.join(DOMAINS)}."
+            f"scenes: there is no domain {domain!r}{nearest(domain, DOMAINS)}; choose one of {', '.join(DOMAINS)}."
         )
     if not 0 <= seed < 2**64:
         raise UserError(f"scenes: the seed is {seed}, but must be at least 0 and less than 2**64.")
     if min(size) < 16:
-        raise UserError(
-            f"scenes: the size is {size[0]}x{size[1]}, but both sides must be at least 16 pixels."
-        )
+        raise UserError(f"scenes: the size is {size[0]}x{size[1]}, but both sides must be at least 16 pixels.")
 
 
 def _sample(stored: np.ndarray) -> np.ndarray:
@@ -254,7 +250,7 @@ def _save(path: Path, stem: str, arrays: _Arrays) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(arrays, partial, metadata=_signature(stem, arrays))
-            os.replace(partial, path)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:

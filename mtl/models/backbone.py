@@ -1,7 +1,7 @@
 """A timm encoder turned into a pyramid of feature maps, with its own input normalisation."""
 
 import hashlib
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import timm
 import torch
@@ -60,11 +60,9 @@ class Backbone(nn.Module):
         kwargs = _size_arguments(name, size, self.plain)
         try:
             if self.plain:
-                self.encoder: nn.Module = TimmViTEncoder(name, pretrained=False, **kwargs)
+                self.encoder: Any = TimmViTEncoder(name, pretrained=False, **kwargs)
             else:
-                self.encoder = TimmUniversalEncoder(
-                    name, pretrained=False, output_stride=output_stride, **kwargs
-                )
+                self.encoder = TimmUniversalEncoder(name, pretrained=False, output_stride=output_stride, **kwargs)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
             raise UserError(
                 f"backbone {name!r} cannot be built at {size[0]}x{size[1]} with stride {output_stride} "
@@ -127,22 +125,21 @@ def _reductions(name: str) -> list[int]:
         )
     try:
         with torch.device("meta"):
-            return list(
-                timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction()
-            )
+            return list(timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction())
     except (RuntimeError, NotImplementedError, AttributeError, TypeError, AssertionError) as error:
         raise UserError(
             f"--backbone: timm's {name!r} gives no feature maps ({_first_line(error)}); choose another backbone"
         ) from None
 
 
-def _size_arguments(name: str, size: tuple[int, int], plain: bool) -> dict[str, object]:
+def _size_arguments(name: str, size: tuple[int, int], plain: bool) -> dict[str, Any]:
     """Return what timm wants to be told of the input's size."""
     config = timm.get_pretrained_cfg(name)
     if not config.fixed_input_size:
         return {}
     # A plain transformer resamples its position embedding to each input; the others are built for one size.
-    for arguments in ([{"dynamic_img_size": True}] if plain else []) + [{"img_size": size}]:
+    choices: list[dict[str, Any]] = [{"dynamic_img_size": True}] if plain else []
+    for arguments in [*choices, {"img_size": size}]:
         try:
             with torch.device("meta"):
                 timm.create_model(name, pretrained=False, **arguments)

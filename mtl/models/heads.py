@@ -1,14 +1,14 @@
 """Heads: a segmentation-models-pytorch decoder, a last convolution, and an upsampling without shift."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
 from segmentation_models_pytorch.decoders.dpt.decoder import DPTDecoder
 from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
 from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
-from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,47 +17,56 @@ from mtl.config import DECODERS
 from mtl.errors import UserError, nearest
 from mtl.models.backbone import Backbone, Pyramid
 
-UNET_CHANNELS = (256, 128, 64, 32, 16)
-"""Channels of the five blocks of a U-Net decoder, segmentation-models-pytorch's own default."""
-
 
 class Decoder(NamedTuple):
     """How one of segmentation-models-pytorch's decoders is built.
 
     Attributes:
-        build: From a backbone to the module.
-        channels: Channels of the decoder's output.
+        build: From a backbone and a width to the module.
+        channels: From a width to the channels of the decoder's output.
     """
 
-    build: Callable[[Backbone], nn.Module]
-    channels: int
+    build: Callable[[Backbone, int], nn.Module]
+    channels: Callable[[int], int]
+
+
+def _halving(width: int) -> list[int]:
+    """Return the channels of a U-Net's blocks, down to half the input's resolution.
+
+    A fifth block at full resolution has no skip connection to add detail from, and costs as much as the four
+    others together; the head's bilinear upsampling takes its place.
+    """
+    return [width >> level for level in range(4)]
 
 
 _DECODERS: dict[str, Decoder] = {
-    "unet": Decoder(lambda b: UnetDecoder(b.channels, UNET_CHANNELS), UNET_CHANNELS[-1]),
-    "unetplusplus": Decoder(lambda b: UnetPlusPlusDecoder(b.channels, UNET_CHANNELS), UNET_CHANNELS[-1]),
-    "fpn": Decoder(lambda b: FPNDecoder(b.channels), 128),
-    "upernet": Decoder(lambda b: UPerNetDecoder(b.channels), 256),
-    "segformer": Decoder(lambda b: SegformerDecoder(b.channels), 256),
+    "unet": Decoder(lambda b, w: UnetDecoder(b.channels, _halving(w), n_blocks=4), lambda w: _halving(w)[-1]),
+    "fpn": Decoder(
+        lambda b, w: FPNDecoder(b.channels, pyramid_channels=w, segmentation_channels=w // 2), lambda w: w // 2
+    ),
+    "upernet": Decoder(lambda b, w: UPerNetDecoder(b.channels, decoder_channels=w), lambda w: w),
+    "segformer": Decoder(lambda b, w: SegformerDecoder(b.channels, segmentation_channels=w), lambda w: w),
     "deeplabv3plus": Decoder(
-        lambda b: DeepLabV3PlusDecoder(
+        lambda b, w: DeepLabV3PlusDecoder(
             b.channels,
             encoder_depth=5,
-            out_channels=256,
+            out_channels=w,
             atrous_rates=(12, 24, 36),
             output_stride=16,
             aspp_separable=True,
             aspp_dropout=0.5,
         ),
-        256,
+        lambda w: w,
     ),
     "dpt": Decoder(
-        lambda b: DPTDecoder(
+        lambda b, w: DPTDecoder(
             b.channels,
             encoder_output_strides=b.strides,
             encoder_has_prefix_tokens=b.encoder.has_prefix_tokens,
+            intermediate_channels=(w, 2 * w, 4 * w, 4 * w),
+            fusion_channels=w,
         ),
-        256,
+        lambda w: w,
     ),
 }
 assert tuple(_DECODERS) == DECODERS
@@ -101,25 +110,30 @@ class Head(nn.Module):
         backbone: The backbone whose pyramid this head will read.
         decoder: A resolved decoder's name.
         channels: Output channels.
+        width: Channels of the decoder; 256 is segmentation-models-pytorch's own.
         dropout: Probability for every dropout of the head, its decoder's hidden ones included, and for one
             before the last convolution; None leaves the decoder's own and adds none.
     """
 
-    def __init__(self, backbone: Backbone, decoder: str, channels: int, dropout: float | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, decoder: str, channels: int, width: int = 256, dropout: float | None = None
+    ) -> None:
         super().__init__()
-        build, width = _DECODERS[decoder]
-        self.decoder = build(backbone)
+        self.decoder = _DECODERS[decoder].build(backbone, width)
         if dropout is not None:
             for module in self.decoder.modules():
                 if isinstance(module, nn.Dropout | nn.Dropout2d):
                     module.p = dropout
         self.dropout = nn.Dropout2d(dropout or 0.0)
-        self.output = nn.Conv2d(width, channels, kernel_size=3, padding=1)
+        self.output = nn.Conv2d(_DECODERS[decoder].channels(width), channels, kernel_size=3, padding=1)
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Set the output's bias (channels,), where training is to start."""
+        with torch.no_grad():
+            cast(Tensor, self.output.bias).copy_(bias)
 
     def forward(self, pyramid: Pyramid, size: tuple[int, int]) -> Tensor:
         """Return outputs (B, channels, H, W) for `size` = (H, W)."""
-        features = (
-            self.decoder(pyramid.maps, pyramid.tokens) if pyramid.tokens else self.decoder(pyramid.maps)
-        )
+        features = self.decoder(pyramid.maps, pyramid.tokens) if pyramid.tokens else self.decoder(pyramid.maps)
         outputs = self.output(self.dropout(features))
         return functional.interpolate(outputs, size=size, mode="bilinear", align_corners=False)

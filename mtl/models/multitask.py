@@ -1,6 +1,7 @@
 """One backbone, one head for each task."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +22,10 @@ class MultiTaskModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
+
+    def head(self, task: str) -> Head:
+        """Return a task's head."""
+        return cast(Head, self.heads[task])
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return each task's outputs (B, C, H, W) for images (B, 3, H, W) in [0, 1].

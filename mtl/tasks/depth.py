@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from mtl.config import DepthOptions
 from mtl.data.sample import Batch, DataInfo
 from mtl.errors import UserError
-from mtl.task_options import DepthOptions
 from mtl.tasks.base import Task, masked_mean, no_labels
 from mtl.tasks.colours import number_colours
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from mtl.config import SegmentationOptions
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.errors import UserError
-from mtl.task_options import SegmentationOptions
 from mtl.tasks.base import Task, masked_mean, no_labels
 from mtl.tasks.colours import class_colours
 

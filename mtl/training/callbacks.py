@@ -196,9 +196,9 @@ class ResumePoint(Checkpoint):
     ) -> None:
         """Save every so many steps."""
         loop = trainer.fit_loop.epoch_loop
-        if self.every and trainer.global_step % self.every == 0 and not loop.batch_progress.is_last_batch:
-            if not self._validation_follows(trainer):
-                self._save(trainer)
+        due = self.every and trainer.global_step % self.every == 0 and not loop.batch_progress.is_last_batch
+        if due and not self._validation_follows(trainer):
+            self._save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save after a validation in the middle of an epoch."""
@@ -268,9 +268,7 @@ def generator_states() -> dict[str, Any]:
 def restore_generators(states: dict[str, Any], rank: int, step: int) -> None:
     """Put the generators back; on ranks other than the one that saved, seed them from their own place."""
     if rank > 0:
-        lightning.seed_everything(
-            int(np.random.SeedSequence([rank, step]).generate_state(1)[0]), verbose=False
-        )
+        lightning.seed_everything(int(np.random.SeedSequence([rank, step]).generate_state(1)[0]), verbose=False)
         return
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

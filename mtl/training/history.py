@@ -3,13 +3,14 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from mtl.files import write_whole
 
 
 class History(Logger):
@@ -69,10 +70,3 @@ class History(Logger):
         """Return the steps at which something was measured, and the values."""
         points = [(step, row[name]) for step, row in sorted(self.rows.items()) if name in row]
         return [step for step, _ in points], [value for _, value in points]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that under its name there is only ever a whole one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

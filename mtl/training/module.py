@@ -7,6 +7,7 @@ from typing import Any, cast
 import lightning
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from mtl.config import Experiment
 from mtl.data.sample import Batch
@@ -103,9 +104,9 @@ class MultiTaskModule(lightning.LightningModule):
         predictions = self(batch["image"])
         for task in self.each_task():
             target = batch[task.target]
-            self.measured[task.name].update(predictions[task.name], target)
+            _metric(self.measured, task).update(predictions[task.name], target)
             if not self.constant:
-                self.baseline[task.name].update(task.constant(target), target)
+                _metric(self.baseline, task).update(task.constant(target), target)
 
     def on_validation_epoch_end(self) -> None:
         """Compute the metrics, and the gain that stands for all tasks."""
@@ -118,7 +119,7 @@ class MultiTaskModule(lightning.LightningModule):
     def _compute(self, metrics: nn.ModuleDict) -> dict[str, float]:
         results = {}
         for task in self.each_task():
-            metric = metrics[task.name]
+            metric = _metric(metrics, task)
             for name, value in metric.compute().items():
                 results[f"{task.name}/{name}"] = float(value)
             metric.reset()
@@ -146,6 +147,10 @@ class MultiTaskModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what only the first validation measures."""
         self.constant = checkpoint["constant"]
+
+
+def _metric(metrics: nn.ModuleDict, task: Task) -> Metric:
+    return cast(Metric, metrics[task.name])
 
 
 def gain(tasks: Iterable[Task], results: Mapping[str, float], constant: Mapping[str, float]) -> float:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from mtl.files import write_whole
 from mtl.tasks.base import Task
-from mtl.training.history import History, write_whole
+from mtl.training.history import History
 
 Panels = dict[str, np.ndarray]
 """Pictures (B, H, W, 3) uint8 by title, side by side."""

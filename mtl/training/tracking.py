@@ -78,9 +78,7 @@ def log_predictions(
             drawn = [pictures for title, pictures in panels.items() if title.startswith(task.name)]
             caption = " | ".join(["input", *(title for title in panels if title.startswith(task.name))])
             content[f"{task.name}/predictions"] = [
-                wandb.Image(
-                    np.concatenate([image, *(pictures[row] for pictures in drawn)], axis=1), caption=caption
-                )
+                wandb.Image(np.concatenate([image, *(pictures[row] for pictures in drawn)], axis=1), caption=caption)
                 for row, image in enumerate(images)
             ]
     logger.experiment.log({**content, "trainer/global_step": step})

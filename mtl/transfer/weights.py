@@ -12,10 +12,12 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mtl.config import SHIPPED_BACKBONE
 from mtl.errors import UserError
+from mtl.files import write_whole
 from mtl.models.backbone import Backbone
 from mtl.models.multitask import MultiTaskModel
 
@@ -111,9 +113,7 @@ def find_checkpoint(run: Path) -> Path:
     for name in ("best.ckpt", "last.ckpt"):
         if (run / name).is_file():
             return run / name
-    raise UserError(
-        f"{run} holds neither best.ckpt nor last.ckpt; give the folder of a run, such as runs/depth"
-    )
+    raise UserError(f"{run} holds neither best.ckpt nor last.ckpt; give the folder of a run, such as runs/depth")
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -145,6 +145,28 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not state:
         raise UserError(f"{path} holds no tensors by name; give a checkpoint or a state dict")
     return state, {}
+
+
+def save_backbone(backbone: Backbone, path: Path, provenance: Mapping[str, Any]) -> None:
+    """Write a backbone's weights in 16 bits under timm's own names, with its normalisation and where it came from.
+
+    Args:
+        backbone: The backbone.
+        path: A file ending in .safetensors.
+        provenance: What made it, as JSON can hold it.
+    """
+    names = timm_names(backbone)
+    state = {
+        names[own]: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for own, value in backbone.encoder.state_dict().items()
+    }
+    about = {
+        "backbone": backbone.name,
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+        "provenance": dict(provenance),
+    }
+    write_whole(path, save(state, metadata={"mtl": json.dumps(about)}))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -196,9 +218,7 @@ def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> 
     """Load a state dict that carries timm's own names."""
     names = timm_names(backbone)
     wanted = backbone.encoder.state_dict()
-    if any(
-        timm_name in state and state[timm_name].shape != wanted[own].shape for own, timm_name in names.items()
-    ):
+    if any(timm_name in state and state[timm_name].shape != wanted[own].shape for own, timm_name in names.items()):
         state = _fit_shapes(backbone, state, report)
     missing = [timm_name for timm_name in names.values() if timm_name not in state]
     wrong = [n for own, n in names.items() if n in state and state[n].shape != wanted[own].shape]
@@ -208,9 +228,7 @@ def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> 
             if missing
             else (f"{len(wrong)} of {len(names)} tensors have another shape ({_some(wrong)})")
         )
-        raise UserError(
-            f"{report.source} does not fit backbone {backbone.name}: {what}; give weights of that model"
-        )
+        raise UserError(f"{report.source} does not fit backbone {backbone.name}: {what}; give weights of that model")
     backbone.encoder.load_state_dict({own: state[timm_name].float() for own, timm_name in names.items()})
     report.loaded = len(names)
     report.left_out = sorted(set(state) - set(names.values()))
@@ -220,9 +238,7 @@ def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> 
 def _fit_shapes(backbone: Backbone, state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
     """Let timm's own filter for the architecture resample position embeddings and the like."""
     architecture: nn.Module = getattr(backbone.encoder, "model", backbone.encoder)
-    filter_function = getattr(
-        importlib.import_module(type(architecture).__module__), "checkpoint_filter_fn", None
-    )
+    filter_function = getattr(importlib.import_module(type(architecture).__module__), "checkpoint_filter_fn", None)
     if filter_function is None:
         return state
     fitted: dict[str, Tensor] = filter_function(dict(state), architecture)

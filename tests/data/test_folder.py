@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtl.data.folder import Description, Folder
+from mtl.data.description import Description
+from mtl.data.folder import Folder
 from mtl.errors import UserError
 
 SIZE = (6, 8)
@@ -239,9 +240,7 @@ def test_by_default_the_last_tenth_is_for_validation(tmp_path: Path) -> None:
 
 
 def test_a_rule_takes_the_first_of_every_so_many_runs(tmp_path: Path) -> None:
-    train, validation = names(
-        tmp_path, "split: {every: 2}", ["1", "2", "3", "5", "6", "9", "20", "21", "023"]
-    )
+    train, validation = names(tmp_path, "split: {every: 2}", ["1", "2", "3", "5", "6", "9", "20", "21", "023"])
     assert train == ["5", "6", "20", "21"]
     assert validation == ["1", "2", "3", "9", "023"]
 

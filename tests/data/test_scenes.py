@@ -36,7 +36,8 @@ def rays(batch: Batch) -> torch.Tensor:
     height, width = batch["depth"].shape[-2:]
     v, u = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([u, v, torch.ones_like(u)]).double().flatten(1)
-    return (torch.linalg.inv(batch["intrinsics"].double()) @ pixels).reshape(-1, 3, height, width)
+    directions: torch.Tensor = torch.linalg.inv(batch["intrinsics"].double()) @ pixels
+    return directions.reshape(-1, 3, height, width)
 
 
 def angle(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -70,42 +71,35 @@ def solid_hits(shape: str, half: np.ndarray, o: np.ndarray, d: np.ndarray) -> li
     return hits
 
 
-def trace(rooms: Rooms, scene: int, pixel: np.ndarray) -> tuple[float, str, np.ndarray]:
-    """Return depth, class name and camera-frame normal of what is seen along the camera-frame ray ``pixel``."""
+NAMES = ["room", "corridor", *["box"] * (FIRST_PART - FIRST_BOX), *["table"] * (FIRST_BALL - FIRST_PART)]
+NAMES += ["ball"] * BALLS + ["cylinder"] * (SOLIDS - FIRST_CYLINDER)
+
+
+def trace(rooms: Rooms, scene: int, ray: np.ndarray) -> tuple[float, str, np.ndarray]:
+    """Return depth, class name and camera-frame normal of what is seen along a ray in the camera's frame."""
     eye, axes = rooms.position[scene].astype(float), rooms.rotation[scene].astype(float)
-    direction = pixel @ axes
-    names = ["room", "corridor", *["box"] * (FIRST_PART - FIRST_BOX), *["table"] * (FIRST_BALL - FIRST_PART)]
-    names += ["ball"] * BALLS + ["cylinder"] * (SOLIDS - FIRST_CYLINDER)
-    crossings = []
-    for solid, name in enumerate(names):
-        half = rooms.half[scene, solid].astype(float)
-        if half.max() == 0:
-            continue
+    direction = ray @ axes
+
+    def hits(solid: int) -> list[tuple[float, np.ndarray]]:
+        if rooms.half[scene, solid].max() == 0:
+            return []
         c, s = rooms.turn[scene, solid].astype(float)
-        world_from_local = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-        o = (eye - rooms.centre[scene, solid]) @ world_from_local
-        shape = name if name in ("ball", "cylinder") else "cuboid"
-        hits = solid_hits(shape, half, o, direction @ world_from_local)
-        if name in ("room", "corridor"):
-            crossings.append((name, max(t for t, _ in hits) if hits else np.inf, hits))
-        crossings += [
-            (name, t, [(t, n @ world_from_local.T)]) for t, n in hits if name not in ("room", "corridor")
-        ]
-    shell = {
-        name: max(hits, key=lambda hit: hit[0])
-        for name, _, hits in crossings
-        if name in ("room", "corridor") and hits
-    }
-    depth, outward = shell["room"]
-    point = eye + depth * direction
-    (low, high) = rooms.opening[scene]
-    name = ["wall", "floor", "ceiling"][0 if abs(outward[2]) < 0.5 else 1 if outward[2] < 0 else 2]
-    if (point >= low).all() and (point <= high).all():
-        (depth, outward), name = shell["corridor"], "doorway"
+        local = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        shape = NAMES[solid] if NAMES[solid] in ("ball", "cylinder") else "cuboid"
+        origin = (eye - rooms.centre[scene, solid]) @ local
+        half = rooms.half[scene, solid].astype(float)
+        return [(t, local @ n) for t, n in solid_hits(shape, half, origin, direction @ local)]
+
+    depth, outward = max(hits(ROOM), key=lambda hit: hit[0])
+    name = "wall" if outward[2] == 0 else "floor" if outward[2] < 0 else "ceiling"
+    point, (low, high) = eye + depth * direction, rooms.opening[scene]
+    if (low <= point).all() and (point <= high).all():
+        (depth, outward), name = max(hits(CORRIDOR), key=lambda hit: hit[0]), "doorway"
     normal = -outward
-    for thing, t, hits in crossings:
-        if thing not in ("room", "corridor") and 0 < t < depth:
-            depth, name, normal = t, thing, hits[0][1]
+    for solid in range(FIRST_BOX, SOLIDS):
+        for t, outward in hits(solid):
+            if 0 < t < depth:
+                depth, name, normal = t, NAMES[solid], outward
     return depth, name, axes @ normal
 
 
@@ -168,9 +162,7 @@ def test_normals_are_those_of_the_backprojected_depth(domain: Domain) -> None:
     measured = torch.nn.functional.normalize(torch.linalg.cross(down, right, dim=1), dim=1)
     inner = normals[..., 1:-1, 1:-1]
 
-    neighbours = [
-        (slice(a, a - 2 or None), slice(b, b - 2 or None)) for a, b in ((1, 0), (1, 2), (0, 1), (2, 1))
-    ]
+    neighbours = [(slice(a, a - 2 or None), slice(b, b - 2 or None)) for a, b in ((1, 0), (1, 2), (0, 1), (2, 1))]
     same = torch.ones_like(classes[:, 1:-1, 1:-1], dtype=torch.bool)
     turns = torch.zeros(same.shape, dtype=torch.float64)
     for window in neighbours:
@@ -208,30 +200,22 @@ def inside(rooms: Rooms, solid: int, points: np.ndarray) -> np.ndarray:
     c, s = rooms.turn[:, solid, 0, None], rooms.turn[:, solid, 1, None]
     x, y, z = c * offset[..., 0] + s * offset[..., 1], c * offset[..., 1] - s * offset[..., 0], offset[..., 2]
     hx, hy, hz = (rooms.half[:, solid, k, None] for k in range(3))
-    if solid < FIRST_BALL:
-        return (abs(x) < hx) & (abs(y) < hy) & (abs(z) < hz)
-    if solid < FIRST_CYLINDER:
-        return x * x + y * y + z * z < hx * hx
-    return (x * x + y * y < hx * hx) & (abs(z) < hz)
+    within: np.ndarray = (abs(x) < hx) & (abs(y) < hy) & (abs(z) < hz)
+    if solid >= FIRST_BALL:
+        within &= x * x + y * y + (z * z if solid < FIRST_CYLINDER else 0) < hx * hx
+    return within
 
 
-def filled(rooms: Rooms, solid: int, shrink: float) -> np.ndarray:
-    """Return points (B, 125, 3) spread through a slightly smaller solid."""
-    steps = np.linspace(-shrink, shrink, 5)
+def filled(rooms: Rooms, solid: int) -> np.ndarray:
+    """Return points (B, N, 3) spread through a solid, up to nearly its surface."""
+    steps = np.linspace(-0.97, 0.97, 7)
     unit = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     if solid >= FIRST_BALL:
-        flat = (unit if solid < FIRST_CYLINDER else unit * [1, 1, 0]).copy()
-        length = np.linalg.norm(flat, axis=1, keepdims=True)
-        scale = np.abs(flat).max(1, keepdims=True) / np.maximum(length, 1e-9)
-        unit = unit * (
-            scale if solid < FIRST_CYLINDER else np.concatenate([scale, scale, np.ones_like(scale)], 1)
-        )
-    local = unit[None] * rooms.half[:, None, solid]
+        unit = unit[np.linalg.norm(unit[:, : 3 if solid < FIRST_CYLINDER else 2], axis=1) < 0.98]
+    x, y, z = np.moveaxis(unit[None] * rooms.half[:, None, solid], -1, 0)
     c, s = rooms.turn[:, solid, 0, None], rooms.turn[:, solid, 1, None]
-    turned = np.stack(
-        [c * local[..., 0] - s * local[..., 1], s * local[..., 0] + c * local[..., 1], local[..., 2]], -1
-    )
-    return turned + rooms.centre[:, None, solid]
+    points: np.ndarray = np.stack([c * x - s * y, s * x + c * y, z], -1) + rooms.centre[:, None, solid]
+    return points
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -248,7 +232,7 @@ def test_rooms_are_plausible(domain: Domain) -> None:
             rooms.half[:, solid], axis=1
         )
         assert (gap > 0.2).all()
-        points = filled(rooms, solid, 0.97)
+        points = filled(rooms, solid)
         assert inside(rooms, ROOM, points)[present[:, solid]].all()
         for other in things:
             one_table = solid < FIRST_BALL and other < FIRST_BALL and min(solid, other) >= FIRST_PART
@@ -256,9 +240,7 @@ def test_rooms_are_plausible(domain: Domain) -> None:
             if other != solid and not one_table:
                 assert not inside(rooms, other, points)[present[:, solid]].any(), (solid, other)
         # It stands on the floor, or on the top of something that is under its middle.
-        foot = np.stack([rooms.centre[:, solid, 0], rooms.centre[:, solid, 1], bottom[:, solid] - 1e-3], -1)[
-            :, None
-        ]
+        foot = np.stack([rooms.centre[:, solid, 0], rooms.centre[:, solid, 1], bottom[:, solid] - 1e-3], -1)[:, None]
         stands = np.abs(bottom[:, solid]) < 1e-5
         for other in things:
             stands |= inside(rooms, other, foot)[:, 0] & (np.abs(top[:, other] - bottom[:, solid]) < 1e-5)
@@ -280,9 +262,7 @@ MEAN_COLOUR: dict[Domain, list[float]] = {"studio": [163.1, 166.0, 165.4], "loft
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_distribution_is_the_published_one(domain: Domain) -> None:
     batch = render(range(16), domain=domain, seed=0, size=(64, 64))
-    histogram = torch.bincount(batch["segmentation"].flatten().long(), minlength=len(CLASSES)) / (
-        16 * 64 * 64
-    )
+    histogram = torch.bincount(batch["segmentation"].flatten().long(), minlength=len(CLASSES)) / (16 * 64 * 64)
     assert histogram.tolist() == pytest.approx(HISTOGRAM[domain], abs=1e-3)
     assert batch["image"].double().mean((0, 2, 3)).tolist() == pytest.approx(MEAN_COLOUR[domain], abs=0.5)
 
@@ -290,8 +270,7 @@ def test_distribution_is_the_published_one(domain: Domain) -> None:
 def test_domains_differ_in_look_but_not_in_geometry() -> None:
     studio, loft = (render(range(150), domain=domain, seed=3, size=(24, 32)) for domain in DOMAINS)
     shares = [
-        torch.bincount(b["segmentation"].flatten().long(), minlength=8) / b["depth"].numel()
-        for b in (studio, loft)
+        torch.bincount(b["segmentation"].flatten().long(), minlength=8) / b["depth"].numel() for b in (studio, loft)
     ]
     assert (shares[0] - shares[1]).abs().max() < 0.03
     assert min(share.min() for share in shares) > 0.01, "every class occurs"
@@ -362,9 +341,7 @@ def test_samples_keep_the_contract(tmp_path: Path, cached: bool) -> None:
     samples = data.read([1, 4], data.info.targets)
     assert len(data) == 5 and data.name(1) == "loft-4-000008"
     assert data.info.classes == CLASSES
-    assert all(
-        data.labelled(target).tolist() == [True] * 5 for target in ("segmentation", "depth", "normals")
-    )
+    assert all(data.labelled(target).tolist() == [True] * 5 for target in ("segmentation", "depth", "normals"))
     assert not data.labelled("signal").any()
     for row, sample in enumerate(samples):
         assert np.array_equal(sample["image"], batch["image"][row].permute(1, 2, 0))
@@ -402,9 +379,7 @@ def test_cache_is_written_once_and_equals_rendering(tmp_path: Path, monkeypatch:
     [{"count": 4}, {"domain": "studio"}, {"seed": 5}, {"size": (32, 24)}, {"start": 8}],
     ids=lambda change: next(iter(change)),
 )
-def test_cache_of_another_set_is_not_taken(
-    tmp_path: Path, no_rendering: None, change: dict[str, object]
-) -> None:
+def test_cache_of_another_set_is_not_taken(tmp_path: Path, no_rendering: None, change: dict[str, object]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "render", render)
         source(tmp_path).read([0], [])
@@ -444,8 +419,7 @@ def test_damaged_cache_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_writers_at_the_same_time_do_not_disturb_each_other(tmp_path: Path) -> None:
     results: list[list[dict[str, np.ndarray]]] = []
     threads = [
-        threading.Thread(target=lambda: results.append(source(tmp_path).read(range(5), ["normals"])))
-        for _ in range(4)
+        threading.Thread(target=lambda: results.append(source(tmp_path).read(range(5), ["normals"]))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()

@@ -16,9 +16,9 @@ from torchmetrics.regression import (
     MeanSquaredLogError,
 )
 
+from mtl.config import DepthOptions
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
-from mtl.task_options import DepthOptions
 from mtl.tasks.depth import (
     POOLED,
     Depth,
@@ -166,9 +166,7 @@ class TestMetric:
     def test_image_without_labels_is_left_out(self) -> None:
         prediction, target = draw(3, images=2)
         target[1] = 0
-        assert measure((prediction, target)) == pytest.approx(
-            measure((prediction[:1], target[:1])), rel=1e-12
-        )
+        assert measure((prediction, target)) == pytest.approx(measure((prediction[:1], target[:1])), rel=1e-12)
 
     def test_perfect(self) -> None:
         _, target = draw(0)
@@ -272,9 +270,7 @@ class TestLoss:
         prediction, target = draw(seed)
         valid, target = target > 0, torch.where(target > 0, target, 1)
         original = silog_loss(prediction, target, valid, 1.0)
-        torch.testing.assert_close(
-            silog_loss(scale * prediction, target, valid, 1.0), original, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(silog_loss(scale * prediction, target, valid, 1.0), original, rtol=1e-4, atol=1e-4)
 
     @given(seeds)
     @settings(max_examples=10, deadline=None)
@@ -311,9 +307,7 @@ class TestLoss:
         difference = make(gradient_weight=0.5).loss(outputs, batch) - make().loss(outputs, batch)
         torch.testing.assert_close(difference, 0.5 * term)
 
-    @pytest.mark.parametrize(
-        ("name", "function"), [("l1", l1_loss), ("silog", silog_loss), ("berhu", berhu_loss)]
-    )
+    @pytest.mark.parametrize(("name", "function"), [("l1", l1_loss), ("silog", silog_loss), ("berhu", berhu_loss)])
     def test_option_selects_the_loss(self, name: str, function: Any) -> None:
         prediction, target = draw(4)
         p, t = prediction[target > 0], target[target > 0]

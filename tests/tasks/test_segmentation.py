@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
+from mtl.config import SegmentationOptions
 from mtl.data.sample import IGNORE_INDEX, DataInfo
 from mtl.errors import UserError
-from mtl.task_options import SegmentationOptions
 from mtl.tasks.colours import OKABE_ITO, class_colours
 from mtl.tasks.segmentation import Segmentation, SegmentationMetric, cross_entropy, dice_loss
 
@@ -60,9 +60,7 @@ def loop_metrics(prediction: np.ndarray, target: np.ndarray, classes: int = C) -
     labelled = target != IGNORE_INDEX
     iou = ious(prediction, target)
     recalls = [np.mean(prediction[target == c] == c) for c in range(classes) if np.any(target == c)]
-    images = [
-        np.nanmean(ious(p, t)) for p, t in zip(prediction, target, strict=True) if np.any(t != IGNORE_INDEX)
-    ]
+    images = [np.nanmean(ious(p, t)) for p, t in zip(prediction, target, strict=True) if np.any(t != IGNORE_INDEX)]
     return {
         "miou": float(np.nanmean(iou)),
         "pixel_accuracy": float(np.mean(prediction[labelled] == target[labelled])),
@@ -139,9 +137,7 @@ class TestMetric:
         logits, target = draw(seed)
         prediction = logits.argmax(1)
         changed = torch.where(target == IGNORE_INDEX, garbage, prediction)
-        assert measure((changed, target)) == pytest.approx(
-            measure((prediction, target)), rel=0, abs=0, nan_ok=True
-        )
+        assert measure((changed, target)) == pytest.approx(measure((prediction, target)), rel=0, abs=0, nan_ok=True)
 
     def test_perfect(self) -> None:
         _, target = draw(0)
@@ -189,9 +185,7 @@ class TestMetric:
 class TestLoss:
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("weighted", [False, True])
-    def test_cross_entropy_agrees_with_torch_on_labelled_pixels(
-        self, smoothing: float, weighted: bool
-    ) -> None:
+    def test_cross_entropy_agrees_with_torch_on_labelled_pixels(self, smoothing: float, weighted: bool) -> None:
         logits, target = draw(2)
         weights = torch.tensor([0.2, 1.0, 3.0, 0.5]) if weighted else None
         labelled = target != IGNORE_INDEX
@@ -322,9 +316,7 @@ class TestPrior:
 
     def test_no_labels_at_all(self) -> None:
         for chunks in ([], [torch.full((2, 3, 3), IGNORE_INDEX, dtype=torch.uint8)]):
-            with pytest.raises(
-                UserError, match=r"no sample has a label for the task 'segmentation'.*'rooms'"
-            ):
+            with pytest.raises(UserError, match=r"no sample has a label for the task 'segmentation'.*'rooms'"):
                 make().observe(chunks)
 
     def test_label_outside_the_classes(self) -> None:

@@ -1,0 +1,30 @@
+"""What tests share: tiny experiments, run as a person would run them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before albumentations is imported
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep tests away from the person's W&B account; share rendered rooms among tests."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Return flags of a training that takes a second or two."""
+    return [
+        *("--data.size", "32", "32", "--data.train-samples", "24", "--data.val-samples", "6"),
+        *("--batch-size", "4", "--decoder-channels", "16", "--init", "none", "--logger", "csv"),
+        *("--output-dir", str(tmp_path / "runs")),
+    ]

@@ -1,0 +1,193 @@
+import numpy as np
+import pytest
+import torch
+
+from mtl.augmentation.loader import LoaderAugmentation
+from mtl.data.loading import Batches, Key, Loader, Samples, bytes_in_memory, choose_labels, collate
+from mtl.data.sample import TARGETS, DataInfo, Sample
+
+
+class Numbers:
+    """A source whose sample i is made of the number i, with depth labels on even samples alone."""
+
+    info = DataInfo("numbers", ("segmentation", "depth"), ("a", "b"))
+
+    def __init__(self, count: int = 23) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def labelled(self, target: str) -> np.ndarray:
+        return np.arange(self.count) % 2 == 0 if target == "depth" else np.full(self.count, target == "segmentation")
+
+    def read(self, indices, targets) -> list[Sample]:
+        samples = []
+        for index in indices:
+            noise = np.random.default_rng(index)
+            sample = {"image": noise.integers(0, 256, (8, 12, 3), dtype=np.uint8)}
+            sample["image"][0, 0] = index
+            if "segmentation" in targets:
+                sample["segmentation"] = noise.integers(0, 2, (8, 12), dtype=np.uint8)
+            if "depth" in targets and index % 2 == 0:
+                sample["depth"] = np.full((8, 12), 1 + index / 8, np.float32)
+            samples.append(sample)
+        return samples
+
+
+def make(in_memory: bool = True, augment=None, **kwargs) -> Samples:
+    return Samples(
+        Numbers(), range(23), ("segmentation", "depth"), in_memory=in_memory, augment=augment, seed=3, **kwargs
+    )
+
+
+def indices(batches: Batches) -> list[int]:
+    return [key.row for batch in batches for key in batch]
+
+
+class TestOrder:
+    def test_is_a_function_of_seed_and_epoch(self) -> None:
+        first, second = Batches(23, 4, shuffle=True, seed=1), Batches(23, 4, shuffle=True, seed=1)
+        second.set_epoch(5)
+        list(second)
+        second.set_epoch(0)
+        assert indices(first) == indices(second)
+        second.set_epoch(1)
+        assert indices(first) != indices(second)
+        assert indices(first) != indices(Batches(23, 4, shuffle=True, seed=2))
+
+    def test_an_epoch_uses_each_sample_at_most_once_and_drops_the_incomplete_step(self) -> None:
+        seen = indices(Batches(23, 4, shuffle=True))
+        assert len(seen) == 20 == len(set(seen))
+
+    def test_fewer_samples_than_a_batch_are_one_batch(self) -> None:
+        assert sorted(indices(Batches(3, 16, shuffle=True))) == [0, 1, 2]
+
+    @pytest.mark.parametrize("ranks", [2, 3])
+    def test_ranks_together_take_the_same_steps_as_one(self, ranks: int) -> None:
+        """A step of R ranks with batch B/R is a step of one rank with batch B, positions included."""
+        whole = list(Batches(48, 6, shuffle=True, seed=7))
+        shares = [list(Batches(48, 6 // ranks, shuffle=True, seed=7, rank=r, ranks=ranks)) for r in range(ranks)]
+        for step, batch in enumerate(whole):
+            assert sorted(batch) == sorted(key for share in shares for key in share[step])
+
+    def test_validation_sees_each_sample_once_on_any_number_of_ranks(self) -> None:
+        shares = [list(Batches(23, 4, shuffle=False, rank=r, ranks=3)) for r in range(3)]
+        assert len({len(share) for share in shares}) == 1, "ranks would wait for one another for ever"
+        assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
+        real = [key.row for share in shares for batch in share for key in batch if key.position >= 0]
+        assert sorted(real) == list(range(23))
+
+
+class TestSamples:
+    def test_in_memory_and_read_on_demand_are_the_same(self) -> None:
+        keys = [Key(i, 0, i) for i in (4, 7, 0)]
+        kept, read = make(True).__getitems__(keys), make(False).__getitems__(keys)
+        assert kept.keys() == read.keys() == {"image", "segmentation", "depth"}
+        for name in kept:
+            assert torch.equal(kept[name].float(), read[name].float())
+
+    def test_shapes_and_types_of_the_contract(self) -> None:
+        batch = make(False).__getitems__([Key(0, 0, 0), Key(1, 0, 1)])
+        assert batch["image"].shape == (2, 3, 8, 12) and batch["image"].dtype == torch.uint8
+        assert batch["segmentation"].shape == (2, 8, 12) and batch["segmentation"].dtype == torch.uint8
+        assert batch["depth"].shape == (2, 1, 8, 12) and batch["depth"].dtype == torch.float32
+
+    def test_a_missing_label_is_a_target_without_a_valid_pixel(self) -> None:
+        batch = make().__getitems__([Key(1, 0, 0)])
+        assert (batch["depth"] == 0).all() and (batch["segmentation"] < 2).all()
+
+    def test_hidden_labels_are_not_used(self) -> None:
+        samples = make(hidden={"segmentation": frozenset({4})})
+        batch = samples.__getitems__([Key(4, 0, 0), Key(6, 0, 1)])
+        assert (batch["segmentation"][0] == 255).all() and (batch["segmentation"][1] < 2).all()
+        assert (batch["depth"] > 0).all()
+
+    def test_fillers_have_no_labels_and_leave_the_store_alone(self) -> None:
+        samples = make()
+        batch = samples.__getitems__([Key(0, 0, -1), Key(0, 0, 3)])
+        assert (batch["depth"][0] == 0).all() and (batch["segmentation"][0] == 255).all()
+        assert (batch["depth"][1] > 0).all()
+        assert (samples.stored["depth"][0] > 0).all()
+
+    def test_augmentation_is_a_function_of_seed_epoch_and_position(self) -> None:
+        samples = make(augment=LoaderAugmentation("colour"))
+        alone = samples.__getitems__([Key(5, 2, 11)])["image"][0]
+        among = samples.__getitems__([Key(3, 2, 10), Key(5, 2, 11), Key(8, 2, 12)])["image"][1]
+        assert torch.equal(alone, among)
+        assert not torch.equal(alone, samples.__getitems__([Key(5, 3, 11)])["image"][0])
+        assert not torch.equal(alone, samples.__getitems__([Key(5, 2, 12)])["image"][0])
+
+    def test_what_is_said_to_fit_in_memory_is_what_it_takes(self) -> None:
+        stored = make().stored
+        taken = sum(values.numel() * values.element_size() for values in stored.values())
+        assert taken == bytes_in_memory((8, 12), ("segmentation", "depth"), 23)
+        assert {name: values.dtype for name, values in stored.items() if name in TARGETS} == {
+            "segmentation": torch.uint8,
+            "depth": torch.float16,
+        }
+
+    def test_labels_come_in_chunks_from_memory_and_from_disk(self) -> None:
+        kept, read = (torch.cat(list(make(m).labels("depth"))).float() for m in (True, False))
+        assert torch.equal(kept, read) and kept.shape == (23, 1, 8, 12)
+
+
+class TestLoader:
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_workers_do_not_change_what_is_loaded(self, in_memory: bool) -> None:
+        def load(workers: int) -> list:
+            samples = make(in_memory, LoaderAugmentation("light"))
+            return list(Loader(samples, Batches(23, 4, shuffle=True, seed=1), workers))
+
+        for here, there in zip(load(0), load(2), strict=True):
+            assert all(torch.equal(here[name], there[name]) for name in here)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_goes_on_in_the_middle_of_an_epoch(self, workers: int) -> None:
+        def loader() -> Loader:
+            return Loader(make(augment=LoaderAugmentation("colour")), Batches(23, 4, shuffle=True), workers)
+
+        whole = loader()
+        whole.batch_sampler.set_epoch(2)
+        batches, states = [], []
+        for batch in whole:
+            batches.append(batch)
+            states.append(whole.state_dict())
+        resumed = loader()
+        resumed.load_state_dict(states[1])
+        resumed.batch_sampler.set_epoch(2)
+        rest = list(resumed)
+        assert len(rest) == len(batches) - 2
+        for expected, got in zip(batches[2:], rest, strict=True):
+            assert all(torch.equal(expected[name], got[name]) for name in expected)
+        resumed.batch_sampler.set_epoch(3)
+        assert len(list(resumed)) == len(batches), "the epoch after starts at its beginning"
+
+    def test_leaves_the_global_generator_alone(self) -> None:
+        before = torch.get_rng_state()
+        list(Loader(make(), Batches(23, 4, shuffle=True), 0))
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class TestChoice:
+    def test_keeps_the_number_asked_for_and_is_drawn_by_seed(self) -> None:
+        source = Numbers()
+        hidden = choose_labels(source, "depth", 5, seed=0)
+        kept = set(np.flatnonzero(source.labelled("depth"))) - hidden
+        assert len(kept) == 5
+        assert hidden == choose_labels(source, "depth", 5, seed=0) != choose_labels(source, "depth", 5, seed=1)
+
+    def test_fewer_labels_are_a_subset_of_more(self) -> None:
+        assert choose_labels(Numbers(), "depth", 7, 0) < choose_labels(Numbers(), "depth", 3, 0)
+
+    def test_all_where_nothing_is_said(self) -> None:
+        assert choose_labels(Numbers(), "depth", None, 0) == choose_labels(Numbers(), "depth", 99, 0) == frozenset()
+
+
+def test_intrinsics_come_along_and_are_zero_where_unknown() -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    batch = collate([{"image": image, "intrinsics": np.eye(3, dtype=np.float32)}, {"image": image}], ())
+    assert torch.equal(batch["intrinsics"], torch.stack([torch.eye(3), torch.zeros(3, 3)]))

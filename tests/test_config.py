@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+
+from mtl.config import DECODERS, Experiment, changed, dump, load, validate
+from mtl.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_loads(path: Path) -> None:
+    experiment = load(path)
+    assert validate(__import__("yaml").safe_load(dump(experiment))) == experiment
+
+
+def test_scenes_is_the_default() -> None:
+    assert load(next(path for path in CONFIGS if path.name == "scenes.yaml")) == Experiment()
+
+
+def test_a_dumped_experiment_names_every_field(tmp_path: Path) -> None:
+    experiment = changed(Experiment(), {"lr": 0.02, "data": {"size": (48, 64)}})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(experiment))
+    assert load(path) == experiment
+    assert experiment.data.size == (48, 64) and experiment.data.domain == Experiment().data.domain
+    assert all(f"{field}:" in dump(experiment) for field in Experiment.model_fields)
+
+
+REFUSED = [
+    ({"epoch": 3}, ["'epoch'", "'epochs'"]),
+    ({"task": "dept"}, ["'dept'", "'depth'", "segmentation"]),
+    ({"task": ["depth", "depth"]}, ["twice"]),
+    ({"task": []}, ["at least one"]),
+    ({"lr": -1}, ["--lr", "-1", "greater than 0"]),
+    ({"lr": float("nan")}, ["--lr", "nan"]),
+    ({"lr": "fast"}, ["--lr", "'fast'", "number"]),
+    ({"epochs": 0}, ["--epochs", "0"]),
+    ({"batch_size": 0}, ["--batch-size"]),
+    ({"max_steps": -5}, ["--max-steps", "-5"]),
+    ({"dropout": 1.5}, ["--dropout", "1.5", "less than 1"]),
+    ({"ema": 1.0}, ["--ema"]),
+    ({"optimizer": "adaw"}, ["'adaw'", "'adamw'"]),
+    ({"optimizer": "adamw", "momentum": 0.9}, ["--momentum", "sgd"]),
+    ({"decoder": "unett"}, ["'unett'", "'unet'", *DECODERS]),
+    ({"precision": "16-mixed", "device": "cpu"}, ["16-mixed", "bf16-mixed"]),
+    ({"loss_weights": {"depth": 0}}, ["--loss-weights", "depth=0", "positive"]),
+    ({"loss_weights": {"normals": 1}}, ["'normals'", "segmentation, depth"]),
+    ({"data": {"nam": "scenes"}}, ["'data.nam'", "'name'"]),
+    ({"data": {"name": "foldr"}}, ["'foldr'", "'folder'"]),
+    ({"data": {"name": "folder"}}, ["--data.root"]),
+    ({"data": {"root": "x"}}, ["--data.root", "folder"]),
+    ({"data": {"labels": {"depth": 0}}}, ["depth=0", "at least 1"]),
+    ({"task": "segmentation", "data": {"labels": {"depth": 5}}}, ["'depth'", "segmentation"]),
+    ({"data": {"size": (8, 64)}}, ["--data.size", "16"]),
+    ({"data": 3}, ["--data", "3"]),
+    ({"depth": {"min_depth": 2, "max_depth": 1}}, ["max_depth", "min_depth"]),
+    ({"segmentation": {"loss": "dice", "label_smoothing": 0.1}}, ["label_smoothing", "dice"]),
+    ({"name": "a/b"}, ["--name", "'a/b'"]),
+]
+
+
+@pytest.mark.parametrize(("values", "fragments"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_is_refused_is_named(values: dict, fragments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(values, "some.yaml: ")
+    message = str(caught.value)
+    assert message.startswith("some.yaml: ")
+    assert all(fragment in message for fragment in fragments), message
+    assert "\n" not in message and "http" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [("task: [depth", "line"), ("- depth", "list"), ("a: b: c", "line 1")],
+)
+def test_yaml_that_is_none(tmp_path: Path, text: str, fragment: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml") as caught:
+        load(path)
+    assert fragment in str(caught.value)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+        load(Path("nowhere.yaml"))

@@ -1,0 +1,74 @@
+"""Weights & Biases, with the real library."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+from mtl.cli import main
+
+
+def records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """Read back what W&B would upload."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    found = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        found.append(record)
+    return found
+
+
+def train(tiny: list[str], *words: str) -> int:
+    flags = [*tiny, "--logger", "wandb", "--max-steps", "10", "--name", "run", *words]
+    return main(["train", *flags], program="train.py")
+
+
+def test_offline_without_a_key_and_never_a_prompt(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked something"))
+    assert train(tiny) == 0
+    folder = tmp_path / "runs" / "run"
+    history: dict[str, str] = {}
+    summary: dict[str, str] = {}
+    configuration: dict[str, str] = {}
+    for record in records(folder):
+        history |= {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+        summary |= {"/".join(i.nested_key) or i.key: i.value_json for i in record.summary.update}
+        configuration |= {i.key: i.value_json for i in record.run.config.update}
+    assert {"depth/abs_rel", "segmentation/miou", "train/loss", "train/weight/depth", "gain"} <= history.keys()
+    assert "best/depth/abs_rel" in summary
+    assert json.loads(configuration["task"]) == ["segmentation", "depth"]
+    pictures = json.loads(history["segmentation/predictions"])
+    names = json.dumps(pictures)
+    assert "masks" in names and "ground_truth" in names
+    files = list(folder.glob("wandb/offline-run-*/files/media/**/*.*"))
+    assert len([path for path in files if "mask" in str(path)]) >= 8 and any("depth" in str(path) for path in files)
+
+
+def test_a_server_out_of_reach_is_a_warning(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert train(tiny) == 0
+    assert "cannot be reached" in caplog.text
+    assert (tmp_path / "runs" / "run" / "best.ckpt").exists()
+    assert list((tmp_path / "runs" / "run").glob("wandb/offline-run-*"))
+
+
+def test_a_resumed_run_keeps_its_id(tiny: list[str], tmp_path: Path) -> None:
+    assert train(tiny) == 0
+    identity = (tmp_path / "runs" / "run" / "wandb_id.txt").read_text()
+    assert train(tiny, "--resume", "--max-steps", "12") == 0
+    assert (tmp_path / "runs" / "run" / "wandb_id.txt").read_text() == identity
+    assert len(list((tmp_path / "runs" / "run").glob(f"wandb/offline-run-*-{identity.strip()}"))) == 2
