@@ -38,12 +38,16 @@ class Surroundings:
     Attributes:
         cache_dir: Where rendered data is kept between runs; None keeps none.
         wandb_mode: How to use Weights & Biases.
+        rank: This process among those of a distributed run.
+        folder: The run's folder, where another process of the run has chosen it.
         progress: Called with (what, done, total) while data is read.
         say: Called with each line for a person.
     """
 
     cache_dir: Path | None = None
     wandb_mode: Mode = "offline"
+    rank: int = 0
+    folder: Path | None = None
     progress: Callable[[str, int, int], None] | None = None
     say: Callable[[str], None] = print
 
@@ -171,6 +175,7 @@ def make_trainer(experiment: Experiment, **arguments: Any) -> lightning.Trainer:
     return lightning.Trainer(
         accelerator="gpu" if experiment.device == "cuda" else experiment.device,
         devices=experiment.devices,
+        strategy="ddp" if experiment.devices > 1 else "auto",
         precision=experiment.precision,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -253,7 +258,7 @@ def _check_runs(model: MultiTaskModel, experiment: Experiment) -> None:
     try:
         with torch.no_grad():
             model(torch.zeros(1, 3, height, width))
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"backbone {experiment.backbone} with decoder {experiment.decoder} cannot take images of {height}x{width} "

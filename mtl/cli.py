@@ -69,6 +69,7 @@ def _train(words: list[str], program: str) -> None:
         given.pop(name)
     print_config = given.pop("print_config")
     experiment = validate(given)
+    rank = _rank()
     if resume is not None:
         _check_same_run(base, experiment, resume)
         experiment = changed(experiment, {"name": base.name, "output_dir": base.output_dir})
@@ -76,9 +77,16 @@ def _train(words: list[str], program: str) -> None:
         print(dump(experiment), end="")
         return
     surroundings = _surroundings()
-    from mtl.experiment import train
+    from mtl.experiment import new_folder, train
 
+    if resume is None:
+        if rank == 0:
+            # Lightning starts the other processes of this machine by this very command line.
+            os.environ[_FOLDER] = str(new_folder(experiment))
+        surroundings = dataclasses.replace(surroundings, folder=_folder_of_run(experiment))
     outcome = train(experiment, surroundings, resume)
+    if rank > 0:
+        return
     _print_results(outcome.results, outcome.constant)
     print(f"\n{outcome.steps} steps, {outcome.seconds:.0f} s; everything is in {outcome.folder}:")
     backbone = "" if experiment.freeze else "  backbone.safetensors"
@@ -176,7 +184,26 @@ def _surroundings() -> "Surroundings":
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|timm|segmentation_models_pytorch|wandb)(\..*)?")
-    return Surroundings(_cache_dir(), _wandb_mode(), _ReadingBar())
+    if _rank() > 0:
+        return Surroundings(_cache_dir(), "disabled", _rank(), say=lambda line: None)
+    return Surroundings(_cache_dir(), _wandb_mode(), progress=_ReadingBar())
+
+
+_FOLDER = "MTL_RUN_FOLDER"
+"""Environment variable by which a distributed run's processes agree on its folder."""
+
+
+def _rank() -> int:
+    """Return this process's place in a distributed run, as torchrun, SLURM or Lightning say it."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
+def _folder_of_run(experiment: Experiment) -> Path:
+    if _FOLDER in os.environ:
+        return Path(os.environ[_FOLDER])
+    if experiment.name is None:
+        raise UserError("a run of several processes needs a --name, for them to agree on its folder")
+    return experiment.output_dir / experiment.name
 
 
 class _ReadingBar:

@@ -73,7 +73,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     """
     start = time.monotonic()
     check_machine(experiment)
-    folder = resume or _new_folder(experiment)
+    folder = resume or surroundings.folder or new_folder(experiment)
+    first = surroundings.rank == 0
     if resume:
         load_checkpoint(resume / "last.ckpt")  # a damaged one is refused before the data is read
     lightning.seed_everything(experiment.seed, verbose=False)
@@ -86,8 +87,9 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     if not resume:
         _prepare(module, experiment, training, surroundings)
 
-    folder.mkdir(parents=True, exist_ok=resume is not None)
-    write_whole(folder / "config.yaml", dump(experiment).encode())
+    if first:
+        folder.mkdir(parents=True, exist_ok=resume is not None)
+        write_whole(folder / "config.yaml", dump(experiment).encode())
     history = History(folder / "metrics.csv")
     best = ModelCheckpoint(
         folder,
@@ -97,7 +99,7 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         enable_version_counter=False,
     )
     wandb_logger = None
-    if experiment.logger == "wandb" and surroundings.wandb_mode != "disabled":
+    if first and experiment.logger == "wandb" and surroundings.wandb_mode != "disabled":
         wandb_logger = start_wandb(experiment, folder, surroundings.wandb_mode)
     every = experiment.validate_every
     trainer = make_trainer(
@@ -194,7 +196,7 @@ def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples,
     surroundings.say(str(initialise(module.model, experiment.init)))
 
 
-def _new_folder(experiment: Experiment) -> Path:
+def new_folder(experiment: Experiment) -> Path:
     """Return the folder of a new run.
 
     Raises:
@@ -233,7 +235,8 @@ def _draw(
     tasks = list(module.each_task())
     draw_curves(outcome.folder / "curves.png", history, tasks, outcome.constant)
     panels, predictions, targets = predict_panels(module, samples)
-    draw_predictions(outcome.folder / "predictions.png", panels)
+    classes = next((task.class_names for task in tasks if task.class_names), ())
+    draw_predictions(outcome.folder / "predictions.png", panels, classes)
     if wandb_logger:
         log_predictions(wandb_logger, tasks, panels, predictions, targets, outcome.steps)
 

@@ -1,6 +1,7 @@
 """A timm encoder turned into a pyramid of feature maps, with its own input normalisation."""
 
 import hashlib
+import math
 from typing import Any, NamedTuple, Self
 
 import timm
@@ -42,6 +43,7 @@ class Backbone(nn.Module):
         strides: Stride of each map.
         plain: Whether this is a plain vision transformer (all maps of one size).
         stride: Multiple that height and width of an input must be of.
+        size_arguments: What timm was told of the input's size.
 
     Raises:
         UserError: There is no such model, or it has no feature maps a decoder can use.
@@ -56,13 +58,24 @@ class Backbone(nn.Module):
         self.frozen = False
         reductions = _reductions(name)
         self.plain = len(set(reductions)) == 1
-        config = timm.get_pretrained_cfg(name)
-        kwargs = _size_arguments(name, size, self.plain)
+        if not self.plain and reductions not in [[2**level for level in range(first, 6)] for first in range(3)]:
+            raise UserError(
+                f"--backbone: the feature maps of {name!r} have strides {', '.join(map(str, reductions))}, and "
+                "decoders need 4, 8, 16 and 32, with or without 1 and 2; choose another backbone"
+            )
+        # From a plain transformer's one grid, the dpt decoder makes maps down to a stride of 32.
+        self.stride = math.lcm(32, *reductions) if self.plain else min(max(reductions), output_stride)
+        height, width = (-(-side // self.stride) * self.stride for side in size)
+        self.size_arguments = _size_arguments(name, (height, width), self.plain)
         try:
             if self.plain:
-                self.encoder: Any = TimmViTEncoder(name, pretrained=False, **kwargs)
+                self.encoder: Any = TimmViTEncoder(name, pretrained=False, **self.size_arguments)
+                # Its classifier and last norm take no part in the maps: as in timm's own features_only, they go.
+                self.encoder.model.prune_intermediate_layers(prune_norm=True)
             else:
-                self.encoder = TimmUniversalEncoder(name, pretrained=False, output_stride=output_stride, **kwargs)
+                self.encoder = TimmUniversalEncoder(
+                    name, pretrained=False, output_stride=output_stride, **self.size_arguments
+                )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
             raise UserError(
                 f"backbone {name!r} cannot be built at {size[0]}x{size[1]} with stride {output_stride} "
@@ -74,7 +87,7 @@ class Backbone(nn.Module):
         else:
             self.strides = [2**level for level in range(len(self.channels))]
             self.strides = [min(stride, output_stride) for stride in self.strides]
-        self.stride = max(self.strides)
+        config = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
 

@@ -81,7 +81,7 @@ def resolve_decoder(decoder: str, backbone: Backbone) -> str:
         UserError: There is no such decoder, or it does not suit the backbone.
     """
     if decoder == "auto":
-        return "dpt" if backbone.plain else "unet"
+        decoder = "dpt" if backbone.plain else "unet"
     if decoder not in _DECODERS:
         raise UserError(
             f"--decoder: {decoder!r} is unknown{nearest(decoder, _DECODERS)}; there are {', '.join(DECODERS)}"
@@ -90,6 +90,11 @@ def resolve_decoder(decoder: str, backbone: Backbone) -> str:
         kind, way = ("a plain vision transformer", "dpt") if backbone.plain else ("a pyramid", "unet")
         raise UserError(
             f"--decoder {decoder} does not fit {backbone.name}, which is {kind}; use --decoder {way} or auto"
+        )
+    if backbone.plain and 32 % backbone.strides[0]:
+        raise UserError(
+            f"--backbone {backbone.name} has patches of {backbone.strides[0]} pixels, which the dpt decoder cannot "
+            "turn into maps of strides 4 to 32; choose one with patches of 8, 16 or 32"
         )
     return decoder
 
@@ -113,12 +118,19 @@ class Head(nn.Module):
         width: Channels of the decoder; 256 is segmentation-models-pytorch's own.
         dropout: Probability for every dropout of the head, its decoder's hidden ones included, and for one
             before the last convolution; None leaves the decoder's own and adds none.
+
+    Raises:
+        UserError: The decoder cannot have this width.
     """
 
     def __init__(
         self, backbone: Backbone, decoder: str, channels: int, width: int = 256, dropout: float | None = None
     ) -> None:
         super().__init__()
+        if decoder == "fpn" and width % 64:
+            raise UserError(
+                f"--decoder-channels {width} is not a multiple of 64, which --decoder fpn needs for its group norms"
+            )
         self.decoder = _DECODERS[decoder].build(backbone, width)
         if dropout is not None:
             for module in self.decoder.modules():

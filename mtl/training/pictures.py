@@ -6,20 +6,34 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from mtl.files import write_whole
 from mtl.tasks.base import Task
+from mtl.tasks.colours import class_colours
 from mtl.training.history import History
 
 Panels = dict[str, np.ndarray]
 """Pictures (B, H, W, 3) uint8 by title, side by side."""
 
 
-def draw_predictions(path: Path, panels: Panels) -> None:
-    """Write one row for each sample: the image, then each task's target, prediction and error."""
+def draw_predictions(path: Path, panels: Panels, classes: Sequence[str] = ()) -> None:
+    """Write one row for each sample: the image, then each task's target, prediction and error.
+
+    Args:
+        path: The file.
+        panels: The pictures.
+        classes: Names of the classes whose colours are to be explained.
+    """
     rows, columns = len(next(iter(panels.values()))), len(panels)
     height, width = next(iter(panels.values())).shape[1:3]
     figure = Figure(figsize=(2.2 * columns, 2.2 * rows * height / width + 0.4), layout="constrained")
+    if classes:
+        patches = [
+            Patch(color=colour / 255, label=name)
+            for name, colour in zip(classes, class_colours(len(classes)), strict=True)
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(classes), 3 * columns), fontsize=7)
     axes = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
     for column, (title, pictures) in enumerate(panels.items()):
         axes[0, column].set_title(title, fontsize=8)

@@ -11,12 +11,13 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtl.config import SHIPPED_BACKBONE
-from mtl.errors import UserError
+from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.models.backbone import Backbone
 from mtl.models.multitask import MultiTaskModel
@@ -86,8 +87,8 @@ def initialise(model: MultiTaskModel, init: str) -> Report:
         path = find_checkpoint(Path(init)) if Path(init).is_dir() else Path(init)
     if not path.is_file():
         raise UserError(
-            f"--init {init}: there is no such file or run; give shipped, imagenet, none, a run's folder, "
-            "a checkpoint or a file of weights"
+            f"--init {init}: there is no such file or run{nearest(init, ('shipped', 'imagenet', 'none'))}; "
+            "give shipped, imagenet, none, a run's folder, a checkpoint or a file of weights"
         )
     report = Report("the package" if init == "shipped" else str(path), new_heads=list(model.heads))
     state, metadata = read_weights(path)
@@ -134,8 +135,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is damaged or not a safetensors file ({error}); give another") from None
     checkpoint = load_checkpoint(path)
-    if "experiment" in checkpoint:
-        experiment = checkpoint["experiment"]
+    experiment = checkpoint.get("experiment")
+    if isinstance(experiment, Mapping) and "backbone" in experiment and "state_dict" in checkpoint:
         return checkpoint["state_dict"], {"experiment": experiment, "backbone": experiment["backbone"]}
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
@@ -177,17 +178,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+        raise UserError(f"{path} {reason}; give another, such as the run's last.ckpt") from None
+    except Exception as error:  # noqa: BLE001  # on damaged bytes torch's reader raises almost anything
+        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
             raise UserError(
                 f"{path} holds pickled code, which is never run; save its tensors alone, best as safetensors"
             ) from None
         raise UserError(
-            f"{path} is not a checkpoint or is damaged; give another, such as the run's last.ckpt"
+            f"{path} is truncated, damaged or not a checkpoint; give another, such as the run's last.ckpt"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "is truncated or not a checkpoint"
-        raise UserError(f"{path} {reason}; give another, such as the run's last.ckpt") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another")
     return checkpoint
@@ -237,11 +238,14 @@ def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> 
 
 def _fit_shapes(backbone: Backbone, state: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
     """Let timm's own filter for the architecture resample position embeddings and the like."""
-    architecture: nn.Module = getattr(backbone.encoder, "model", backbone.encoder)
-    filter_function = getattr(importlib.import_module(type(architecture).__module__), "checkpoint_filter_fn", None)
+    full = timm.create_model(backbone.name, pretrained=False, **backbone.size_arguments)
+    filter_function = getattr(importlib.import_module(type(full).__module__), "checkpoint_filter_fn", None)
     if filter_function is None:
         return state
-    fitted: dict[str, Tensor] = filter_function(dict(state), architecture)
+    try:
+        fitted: dict[str, Tensor] = filter_function(dict(state), full)
+    except Exception:  # noqa: BLE001  # a filter may assume that the file is of this very architecture
+        return state
     report.reshaped = [n for n, v in fitted.items() if n in state and v.shape != state[n].shape]
     return fitted
 
@@ -273,7 +277,15 @@ def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report) -
 
 
 def _download(backbone: Backbone) -> dict[str, Tensor]:
+    config = timm.get_pretrained_cfg(backbone.name)
+    if not config.has_weights:
+        raise UserError(
+            f"--init imagenet: timm has no weights of {backbone.name}; give a file with --init PATH, or use --init none"
+        )
     try:
+        if config.hf_hub_id:
+            # Where there is no network this fails at once, while the call that timm makes retries for a minute.
+            snapshot_download(config.hf_hub_id, allow_patterns="model.safetensors")
         return dict(timm.create_model(backbone.name, pretrained=True).state_dict())
     except Exception as error:  # noqa: BLE001  # hub clients raise whatever their transport raises
         raise UserError(

@@ -161,7 +161,7 @@ def test_validation_names_every_metric_and_measures_constants_once(precision: to
 
 
 def test_a_size_the_backbone_cannot_take_is_a_sentence() -> None:
-    experiment = validate({"backbone": "swin_tiny_patch4_window7_224", "init": "none", "data": {"size": (16, 16)}})
+    experiment = validate({"backbone": "inception_v4", "init": "none", "data": {"size": (16, 16)}})
     with pytest.raises(UserError, match="16x16"):
         build_model(experiment, build_tasks(experiment, INFO))
 
