@@ -37,7 +37,7 @@ def start_wandb(experiment: Experiment, folder: Path, mode: Mode) -> WandbLogger
         "dir": str(folder),
         "config": experiment.model_dump(mode="json"),
     }
-    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=15)
     try:
         run = wandb.init(mode=mode, settings=settings, **arguments)
     except Exception as error:  # noqa: BLE001  # whatever its transport raises must not stop training

@@ -430,7 +430,7 @@ class TestTask:
         assert task.remaining_error({"abs_rel": 0.2}) == 0.2
 
     def test_caps_in_order(self) -> None:
-        with pytest.raises(ValueError, match=r"max_depth \(0.5 m\) must exceed min_depth \(1 m\)"):
+        with pytest.raises(ValueError, match=r"max_depth 0.5 must be greater than min_depth 1"):
             DepthOptions(min_depth=1, max_depth=0.5)
 
     def test_options_reach_the_metric(self) -> None:

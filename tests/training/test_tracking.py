@@ -53,9 +53,9 @@ def test_offline_without_a_key_and_never_a_prompt(
     assert {"depth/abs_rel", "segmentation/miou", "train/loss", "train/weight/depth", "gain"} <= history.keys()
     assert "best/depth/abs_rel" in summary
     assert json.loads(configuration["task"]) == ["segmentation", "depth"]
-    pictures = json.loads(history["segmentation/predictions"])
-    names = json.dumps(pictures)
-    assert "masks" in names and "ground_truth" in names
+    masks = json.loads(history["segmentation/predictions/all_masks"])
+    assert len(masks) == 4 and all(mask.keys() == {"prediction", "ground_truth"} for mask in masks)
+    assert "doorway" in json.dumps(configuration), "the masks' class names"
     files = list(folder.glob("wandb/offline-run-*/files/media/**/*.*"))
     assert len([path for path in files if "mask" in str(path)]) >= 8 and any("depth" in str(path) for path in files)
 
