@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 
 import tyro
 
-from mtl.config import DataOptions, Experiment, changed, dump, load, validate
+from mtl.config import TASKS, DataOptions, Experiment, changed, dump, load, validate
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.flags import flags_of, parse, train_flags, values_of, with_values
@@ -262,13 +262,13 @@ def _print_results(results: dict[str, float], constant: dict[str, float]) -> Non
 
 def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
     """Return commands worth trying next, and what each does."""
-    again = f"python train.py --task {' '.join(experiment.task)}"
+    again = f"python train.py --config {folder / 'config.yaml'} --name {folder.name}"
     lines = [(f"python -m mtl evaluate {folder} --json metrics.json", "measures the best checkpoint again")]
     if experiment.freeze:
-        lines.append((f"{again} --init {folder}", "goes on from here with the whole network (fine-tuning)"))
-        lines.append((f"{again} --freeze --init none", "the same on a random backbone, to see what this one is worth"))
+        lines.append((f"{again}-tuned --no-freeze --init {folder}", "goes on from here with the whole network"))
+        lines.append((f"{again}-random --init none", "the same on a random backbone, to see what this one is worth"))
     else:
-        lines.append((f"{again} --init {folder} --freeze", "keeps this backbone and trains the heads alone"))
+        lines.append((f"{again}-frozen --freeze --init {folder}", "keeps this backbone and trains the heads alone"))
     if len(experiment.task) == 1:
-        lines.append(("python train.py --task segmentation depth", "learns both tasks on one backbone"))
+        lines.append((f"{again}-both --task {' '.join(TASKS)}", "learns both tasks on one backbone"))
     return lines
