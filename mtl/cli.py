@@ -144,6 +144,7 @@ class _Evaluate:
     json: Annotated[Path | None, tyro.conf.arg(help="Also write the metrics to this file: name to number.")] = None
     batch_size: Annotated[int | None, tyro.conf.arg(help="Samples in a batch (none: the run's).")] = None
     device: Annotated[str | None, tyro.conf.arg(help="auto, cpu, cuda or mps (none: the run's).")] = None
+    devices: Annotated[int | None, tyro.conf.arg(help="How many devices (none: the run's).")] = None
     precision: Annotated[str | None, tyro.conf.arg(help="Lightning's precision (none: the run's).")] = None
 
 
@@ -157,7 +158,7 @@ def _evaluate(words: list[str], program: str) -> None:
     flags = parse(flags_type, None, words, program, DESCRIPTIONS["evaluate"])
     if run is None or run != flags.run:
         raise UserError(f"{flags.run} is not a run's folder, which holds config.yaml and best.ckpt")
-    changes = {name: getattr(flags, name) for name in ("batch_size", "device", "precision")}
+    changes = {name: getattr(flags, name) for name in ("batch_size", "device", "devices", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None} | {"data": values_of(flags.data)}
     changed(stored, changes)  # refuses a wrong value before anything heavy is loaded
     if flags.json is not None and not flags.json.absolute().parent.is_dir():
