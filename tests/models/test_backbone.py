@@ -41,7 +41,7 @@ def normalised(image: Tensor, name: str) -> Tensor:
     """Apply what timm's own data pipeline would."""
     config = timm.data.resolve_model_data_config(timm.create_model(name, pretrained=False))
     mean, std = (np.array(config[key], np.float64).reshape(3, 1, 1) for key in ("mean", "std"))
-    return torch.from_numpy((image.double().numpy() - mean) / std).float()
+    return torch.from_numpy((image.double().numpy() - mean) / std).to(image.dtype)
 
 
 # The pyramid
@@ -49,12 +49,13 @@ def normalised(image: Tensor, name: str) -> Tensor:
 
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_a_pyramid_is_timms_own_features_of_the_normalised_image(name: str) -> None:
-    backbone = Backbone(name, SIZE).eval()
+    # In double precision: normalising in two ways differs by a rounding, which a random network magnifies.
+    backbone = Backbone(name, SIZE).eval().double()
     shake(backbone.encoder)
     sized = {"img_size": SIZE} if "swin" in name else {}
-    reference = timm.create_model(name, pretrained=False, features_only=True, **sized).eval()
+    reference = timm.create_model(name, pretrained=False, features_only=True, **sized).eval().double()
     reference.load_state_dict(backbone.encoder.model.state_dict())
-    image = torch.rand(2, 3, *SIZE)
+    image = torch.rand(2, 3, *SIZE, dtype=torch.float64)
     with torch.no_grad():
         pyramid = backbone(image)
         expected = reference(normalised(image, name))
@@ -68,7 +69,7 @@ def test_a_pyramid_is_timms_own_features_of_the_normalised_image(name: str) -> N
     assert backbone.strides[-len(expected) :] == reference.feature_info.reduction()
     torch.testing.assert_close(pyramid.maps[0], normalised(image, name), atol=1e-5, rtol=1e-5)
     for features, own in zip(pyramid.maps[-len(expected) :], expected, strict=True):
-        torch.testing.assert_close(features, own, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(features, own, atol=1e-4, rtol=1e-4)
         assert features.std() > 1e-3
 
 
