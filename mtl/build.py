@@ -1,5 +1,6 @@
 """Builds the parts of an experiment from its configuration, and refuses what does not fit together."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,8 +131,13 @@ TARGET_OF = {task.name: task.target for task in (Segmentation, Depth)}
 """The target of each task."""
 
 
-def build_model(experiment: Experiment, tasks: Sequence[Task]) -> MultiTaskModel:
+def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool = True) -> MultiTaskModel:
     """Return the model, randomly initialised.
+
+    Args:
+        experiment: What to build.
+        tasks: The tasks, each of which gets a head.
+        training: Whether it is to be trained, which some models refuse to be on single images.
 
     Raises:
         UserError: Backbone, decoder and size do not go together.
@@ -141,7 +147,7 @@ def build_model(experiment: Experiment, tasks: Sequence[Task]) -> MultiTaskModel
     width, dropout = experiment.decoder_channels, experiment.dropout
     heads = {task.name: Head(backbone, decoder, task.channels, width, dropout) for task in tasks}
     model = MultiTaskModel(backbone, heads)
-    _check_runs(model, experiment)
+    _check_runs(model, experiment, training)
     if experiment.freeze:
         backbone.freeze()
     if experiment.channels_last:
@@ -150,9 +156,9 @@ def build_model(experiment: Experiment, tasks: Sequence[Task]) -> MultiTaskModel
 
 
 def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> MultiTaskModule:
-    """Return what Lightning trains, randomly initialised."""
+    """Return what Lightning trains, randomly initialised; with no steps to make it is for evaluation alone."""
     tasks = build_tasks(experiment, info)
-    model = build_model(experiment, tasks)
+    model = build_model(experiment, tasks, training=total_steps > 0)
     if experiment.compile:
         model.compile()
     weights = FixedWeights({task: experiment.loss_weights.get(task, 1.0) for task in experiment.task})
@@ -251,17 +257,21 @@ def check_monitor(experiment: Experiment, module: MultiTaskModule) -> bool:
     return directions[experiment.monitor]
 
 
-def _check_runs(model: MultiTaskModel, experiment: Experiment) -> None:
-    """Refuse a model that cannot take images of this size, before any data is trained on."""
+def _check_runs(model: MultiTaskModel, experiment: Experiment, training: bool) -> None:
+    """Refuse a model that cannot take such batches, before any data is trained on."""
     height, width = experiment.data.size
-    model.eval()
+    # A single image in training mode can leave a normalisation with one value a channel, which it refuses. A copy
+    # takes that test, as it moves the running statistics.
+    alone = training and experiment.batch_size == 1
+    probe = copy.deepcopy(model).train() if alone else model.eval()
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 3, height, width))
+            probe(torch.zeros(1, 3, height, width))
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"backbone {experiment.backbone} with decoder {experiment.decoder} cannot take images of {height}x{width} "
-            f"({reason}); choose another --data.size, --backbone or --decoder"
+            f"backbone {experiment.backbone} with decoder {experiment.decoder} cannot take images of {height}x{width}"
+            f"{' one at a time' if alone else ''} ({reason}); choose another --data.size, --backbone, --decoder"
+            f"{' or --batch-size' if alone else ''}"
         ) from None
     model.train()

@@ -88,7 +88,12 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         _prepare(module, experiment, training, surroundings)
 
     if first:
-        folder.mkdir(parents=True, exist_ok=resume is not None)
+        try:
+            folder.mkdir(parents=True, exist_ok=resume is not None)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be made ({error.strerror}); choose another --name or --output-dir"
+            ) from None
         write_whole(folder / "config.yaml", dump(experiment).encode())
     history = History(folder / "metrics.csv")
     best = ModelCheckpoint(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mtl.build import build_model, build_module, build_tasks, check_monitor
-from mtl.config import Experiment, validate
+from mtl.config import Experiment, changed, validate
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
 from mtl.training.module import MultiTaskModule, gain, parameter_groups, schedule
@@ -164,6 +164,14 @@ def test_a_size_the_backbone_cannot_take_is_a_sentence() -> None:
     experiment = validate({"backbone": "inception_v4", "init": "none", "data": {"size": (16, 16)}})
     with pytest.raises(UserError, match="16x16"):
         build_model(experiment, build_tasks(experiment, INFO))
+
+
+def test_a_batch_that_normalisation_cannot_take_is_a_sentence() -> None:
+    experiment = validate({"decoder": "deeplabv3plus", "batch_size": 1, "data": {"size": (64, 64)}})
+    with pytest.raises(UserError, match=r"one at a time.*--batch-size"):
+        build_model(experiment, build_tasks(experiment, INFO))
+    build_model(experiment, build_tasks(experiment, INFO), training=False)
+    build_model(changed(experiment, {"batch_size": 2}), build_tasks(experiment, INFO))
 
 
 def test_images_become_floats_on_the_device_in_the_model_s_layout() -> None:
