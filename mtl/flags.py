@@ -1,6 +1,9 @@
 """Shows the configuration's pydantic models on the command line, through tyro."""
 
+import contextlib
 import dataclasses
+import io
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -109,22 +112,36 @@ def parse(flags: type, default: Any, words: Sequence[str], program: str, descrip
         description: What the command does, for the help.
 
     Raises:
-        UserError: A word is not a flag of this command.
+        UserError: A word is not a flag of this command, or not a value of its flag.
     """
-    parsed, unknown = tyro.cli(
-        flags,
-        prog=program,
-        description=description,
-        args=list(words),
-        default=tyro.MISSING_NONPROP if default is None else default,
-        return_unknown_args=True,
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(
+                flags,
+                prog=program,
+                description=description,
+                args=list(words),
+                default=tyro.MISSING_NONPROP if default is None else default,
+                return_unknown_args=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UserError(f"{_sentence(complaint.getvalue())}; {program} --help lists the flags") from None
     if unknown:
         word = unknown[0].partition("=")[0]
         if not word.startswith("-"):
             raise UserError(f"{word!r} follows no flag that takes it; {program} --help lists the flags")
         raise UserError(f"{word} is no flag{nearest(word, _names(flags))}; {program} --help lists the flags")
     return parsed
+
+
+def _sentence(box: str) -> str:
+    """Return what tyro says in the first part of a box drawn for a terminal, as one line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    said = itertools.takewhile(lambda line: not line.startswith("──"), lines)
+    return " ".join(line for line in said if line).rstrip(".")
 
 
 def _names(flags: type, prefix: str = "") -> list[str]:
