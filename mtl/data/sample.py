@@ -70,11 +70,14 @@ class DataInfo:
         name: A short name for messages and titles.
         targets: Keys of the targets that at least one sample has.
         classes: Names of the segmentation classes, in the order of their indices.
+        inverse_depth: Whether `depth` holds inverse depth, without a unit, in place of metres: what is twice as far
+            has half the value.
     """
 
     name: str
     targets: tuple[str, ...]
     classes: tuple[str, ...] = ()
+    inverse_depth: bool = False
 
 
 class Source(Protocol):

@@ -1,14 +1,43 @@
 """What a task is: a head's width, a loss, metrics, and a picture of the result."""
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from mtl.data.sample import Batch
+
+
+class Scale(NamedTuple):
+    """What the colours of a picture mean, where they stand for numbers.
+
+    Attributes:
+        low: The number at the colormap's lower end.
+        high: The number at its upper end.
+        unit: The numbers' unit, or an empty string.
+        colormap: matplotlib's name of the colormap.
+    """
+
+    low: float
+    high: float
+    unit: str
+    colormap: str
+
+
+class Panel(NamedTuple):
+    """Pictures of one kind, one for each sample.
+
+    Attributes:
+        images: (B, H, W, 3) uint8.
+        scale: What their colours mean, or None where they are no numbers.
+    """
+
+    images: np.ndarray
+    scale: Scale | None = None
 
 
 class Task(nn.Module, ABC):
@@ -63,7 +92,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
-        """Turn the head's outputs into the prediction in the target's own form and unit."""
+        """Turn the head's outputs into the prediction in the target's own form and unit, each pixel by itself."""
 
     @abstractmethod
     def constant(self, target: Tensor) -> Tensor:
@@ -88,7 +117,7 @@ class Task(nn.Module, ABC):
         """
 
     @abstractmethod
-    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, np.ndarray]:
+    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, Panel]:
         """Draw a batch for a person.
 
         Args:
@@ -96,10 +125,21 @@ class Task(nn.Module, ABC):
             target: The labels, or None if there are none.
 
         Returns:
-            Pictures (B, H, W, 3) uint8 by title, in the order to show them: the target, the prediction and
-            its error (the first and last only where there is a target), with the unit and range in the title
-            where colours stand for numbers. Invalid pixels are black.
+            Pictures by title, in the order to show them: the target, the prediction and its error (the first and
+            last only where there is a target). Titles begin with the task's name. Invalid pixels are black.
         """
+
+    def encode(self, prediction: Tensor) -> dict[str, bytes]:
+        """Return one image's prediction as files: their content by what follows the image's name.
+
+        The default is ``.npy``; tasks whose predictions have a usual image format override it.
+
+        Args:
+            prediction: A result of `predict` for one image, without the batch axis.
+        """
+        content = io.BytesIO()
+        np.save(content, prediction.cpu().numpy())
+        return {".npy": content.getvalue()}
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
