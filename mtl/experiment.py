@@ -30,6 +30,7 @@ from mtl.config import Experiment, changed, dump, validate
 from mtl.data.loading import Key, Samples
 from mtl.errors import UserError
 from mtl.files import write_whole
+from mtl.tasks.base import Panel
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
@@ -258,7 +259,7 @@ def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, d
     batch = module.on_after_batch_transfer({name: v.to(module.device) for name, v in stored.items()}, 0)
     with torch.no_grad():
         predictions = module(batch["image"])
-    panels: Panels = {"input": stored["image"].permute(0, 2, 3, 1).contiguous().numpy()}
+    panels: Panels = {"input": Panel(stored["image"].permute(0, 2, 3, 1).contiguous().numpy())}
     targets = {task.name: batch[task.target] for task in module.each_task()}
     for task in module.each_task():
         panels |= task.pictures(predictions[task.name], targets[task.name])

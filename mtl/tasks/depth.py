@@ -1,11 +1,14 @@
 """Depth: how far away each pixel is, in metres along the optical axis."""
 
+import io
+import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -13,7 +16,7 @@ from torchmetrics import Metric
 from mtl.config import DepthOptions
 from mtl.data.sample import Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
 from mtl.tasks.colours import number_colours
 
 NEAREST = 1e-3
@@ -21,6 +24,14 @@ NEAREST = 1e-3
 
 EIGEN_CROP = (45, 471, 41, 601)
 """First row, end row, first column, end column of the evaluation crop in a picture of 480 x 640."""
+
+_MILLIMETRE = 1e-3
+"""Metres in one unit of a stored depth map, unless it reaches too far."""
+
+_FINEST_INVERSE = 2.0**-16
+"""Inverse depth in one unit of a stored map, unless it reaches too far: all of 0 to 1 fits."""
+
+_LARGEST_STORED = 2**16 - 1
 
 POOLED = (
     "abs_error",
@@ -40,6 +51,8 @@ POOLED = (
 class Depth(Task):
     """Metric depth; the output is one channel, a prediction is softplus(output) + 1 mm, (B, 1, H, W) metres.
 
+    Where the data set holds inverse depth, so does everything here that is said to be in metres.
+
     Attributes:
         mean_depth: Mean of the labelled training pixels in metres, a scalar; 1 until `observe`.
     """
@@ -57,6 +70,7 @@ class Depth(Task):
         super().__init__()
         self.options = options
         self.data_name = info.name
+        self.inverse = info.inverse_depth
         self.register_buffer("mean_depth", torch.ones(()))
 
     @property
@@ -128,24 +142,54 @@ class Depth(Task):
         """Return AbsRel."""
         return metrics["abs_rel"]
 
-    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, np.ndarray]:
-        """Draw depth from near (dark) to far (bright), over the target's range where there is a target."""
+    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, Panel]:
+        """Draw numbers from small (dark) to large (bright), over the target's range where there is a target."""
         predicted = prediction[:, 0].float().cpu().numpy()
         true = np.zeros_like(predicted) if target is None else target[:, 0].float().cpu().numpy()
         valid = true > 0
         shown = true[valid] if valid.any() else predicted
-        low, high = float(shown.min()), float(shown.max())
-        span = f"{low:.3g} to {high:.3g} m"
-        picture = number_colours(predicted, low, high, "viridis")
+        kind, unit = (" (inverse depth)", "") if self.inverse else ("", "m")
+        scale = Scale(float(shown.min()), float(shown.max()), unit, "viridis")
+        panels = {f"depth prediction{kind}": _draw(predicted, scale)}
         if target is None:
-            return {f"depth prediction, {span}": picture}
+            return panels
         error = np.where(valid, np.abs(predicted - true), 0)
-        worst = float(error.max())
         return {
-            f"depth target, {span}": number_colours(true, low, high, "viridis") * valid[..., None],
-            f"depth prediction, {span}": picture,
-            f"depth error, 0 to {worst:.3g} m": number_colours(error, 0, worst, "YlOrRd") * valid[..., None],
+            f"depth target{kind}": _draw(true, scale, valid),
+            **panels,
+            f"depth error{kind}": _draw(error, Scale(0.0, float(error.max()), unit, "YlOrRd"), valid),
         }
+
+    def encode(self, prediction: Tensor) -> dict[str, bytes]:
+        """Return a 16-bit grey PNG of millimetres.
+
+        Where these do not reach far enough, and for inverse depth, one unit is the smallest multiple by a power of
+        two that does, stated in a JSON file beside it as ``metres_per_unit`` or ``inverse_depth_per_unit``. What is
+        predicted to be no number is 0, no measurement.
+
+        Args:
+            prediction: Depth (1, H, W) in metres.
+        """
+        depth = prediction[0].double().cpu().numpy()
+        known = np.isfinite(depth)
+        finest = unit = _FINEST_INVERSE if self.inverse else _MILLIMETRE
+        largest = depth.max(initial=0, where=known)
+        while round(largest / unit) > _LARGEST_STORED:
+            unit *= 2
+        stored = np.where(known, (depth / unit).round().clip(1, _LARGEST_STORED), 0)
+        content = io.BytesIO()
+        Image.fromarray(stored.astype(np.uint16)).save(content, "png")
+        files = {".png": content.getvalue()}
+        if self.inverse or unit > finest:
+            name = "inverse_depth_per_unit" if self.inverse else "metres_per_unit"
+            files[".json"] = (json.dumps({name: unit}) + "\n").encode()
+        return files
+
+
+def _draw(values: np.ndarray, scale: Scale, valid: np.ndarray | None = None) -> Panel:
+    """Draw numbers (B, H, W) on their scale; what is not `valid` is black."""
+    colours = number_colours(values, scale.low, scale.high, scale.colormap)
+    return Panel(colours if valid is None else colours * valid[..., None], scale)
 
 
 def l1_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Semantic segmentation: which class each pixel is."""
 
+import io
 from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -12,7 +14,7 @@ from torchmetrics import Metric
 from mtl.config import SegmentationOptions
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Task, masked_mean, no_labels
 from mtl.tasks.colours import class_colours
 
 PRIOR_SMOOTHING = 0.01
@@ -147,21 +149,39 @@ class Segmentation(Task):
         """Return 1 - mIoU."""
         return 1 - metrics["miou"]
 
-    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, np.ndarray]:
+    def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, Panel]:
         """Draw classes in the colours of `class_colours`; in the error, what is right is grey."""
-        palette = np.zeros((256, 3), dtype=np.uint8)
-        palette[: self.channels] = class_colours(self.channels)
+        palette = self._palette()
         predicted = prediction.cpu().numpy()
         if target is None:
-            return {"segmentation prediction": palette[predicted]}
+            return {"segmentation prediction": Panel(palette[predicted])}
         true = target.cpu().numpy()
         error = np.where((predicted == true)[..., None], _RIGHT, _WRONG)
         error[true == IGNORE_INDEX] = 0
         return {
-            "segmentation target": palette[true],
-            "segmentation prediction": palette[predicted],
-            "segmentation error": error,
+            "segmentation target": Panel(palette[true]),
+            "segmentation prediction": Panel(palette[predicted]),
+            "segmentation error": Panel(error),
         }
+
+    def encode(self, prediction: Tensor) -> dict[str, bytes]:
+        """Return an 8-bit PNG whose pixels are class indices, with a palette in the colours of `class_colours`.
+
+        Args:
+            prediction: Class indices (H, W), int64.
+        """
+        picture = Image.fromarray(prediction.cpu().numpy().astype(np.uint8))
+        # A palette of fewer colours would be stored in fewer bits, which some readers stretch to 0 to 255.
+        picture.putpalette(self._palette().tobytes())
+        content = io.BytesIO()
+        picture.save(content, "png")
+        return {".png": content.getvalue()}
+
+    def _palette(self) -> np.ndarray:
+        """Return the colours of all 8-bit indices, (256, 3) uint8; black where there is no class."""
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[: self.channels] = class_colours(self.channels)
+        return palette
 
 
 _RIGHT = np.array([128, 128, 128], dtype=np.uint8)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtl.config import Experiment
 from mtl.data.sample import IGNORE_INDEX
-from mtl.tasks.base import Task
+from mtl.tasks.base import Panel, Task
 from mtl.training.pictures import Panels
 
 _log = logging.getLogger("mtl")
@@ -56,7 +56,7 @@ def log_predictions(
     step: int,
 ) -> None:
     """Log the pictures: classes as masks over the image, everything else as drawn."""
-    images = panels["input"]
+    images = panels["input"].images
     content: dict[str, list[wandb.Image]] = {}
     for task in tasks:
         if task.class_names:
@@ -75,13 +75,22 @@ def log_predictions(
                 for row, image in enumerate(images)
             ]
         else:
-            drawn = [pictures for title, pictures in panels.items() if title.startswith(task.name)]
-            caption = " | ".join(["input", *(title for title in panels if title.startswith(task.name))])
+            drawn = {title: panel for title, panel in panels.items() if title.startswith(task.name)}
+            caption = " | ".join(["input", *(_caption(title, panel) for title, panel in drawn.items())])
             content[f"{task.name}/predictions"] = [
-                wandb.Image(np.concatenate([image, *(pictures[row] for pictures in drawn)], axis=1), caption=caption)
+                wandb.Image(
+                    np.concatenate([image, *(panel.images[row] for panel in drawn.values())], axis=1), caption=caption
+                )
                 for row, image in enumerate(images)
             ]
     logger.experiment.log({**content, "trainer/global_step": step})
+
+
+def _caption(title: str, panel: Panel) -> str:
+    """Return the title with the range and the unit of what is drawn."""
+    if panel.scale is None:
+        return title
+    return f"{title}, {panel.scale.low:.3g} to {panel.scale.high:.3g} {panel.scale.unit}".rstrip()
 
 
 def _mask(classes: Tensor) -> np.ndarray:

@@ -1,13 +1,18 @@
 """Depth against closed forms, plain loops and torchmetrics."""
 
+import io
+import json
 import math
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torchmetrics.regression import (
     MeanAbsoluteError,
@@ -17,6 +22,7 @@ from torchmetrics.regression import (
 )
 
 from mtl.config import DepthOptions
+from mtl.data.decoding import LABEL_SIZES, read_depth
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
 from mtl.tasks.depth import (
@@ -31,6 +37,7 @@ from mtl.tasks.depth import (
 )
 
 LOSSES = ["l1", "silog", "berhu"]
+INVERSE = Depth(DepthOptions(), DataInfo("streets", ("depth",), inverse_depth=True))
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -445,24 +452,75 @@ class TestPictures:
     def test_range_and_invalid_pixels(self) -> None:
         target = torch.tensor([[[[1.0, 5.0], [3.0, 0.0]]]])
         prediction = torch.tensor([[[[1.0, 50.0], [2.5, 7.0]]]])
-        pictures = make().pictures(prediction, target)
-        assert list(pictures) == [
-            "depth target, 1 to 5 m",
-            "depth prediction, 1 to 5 m",
-            "depth error, 0 to 45 m",
-        ]
-        drawn_target, drawn_prediction, error = pictures.values()
+        panels = make().pictures(prediction, target)
+        assert list(panels) == ["depth target", "depth prediction", "depth error"]
+        assert [panel.scale for panel in panels.values()] == [
+            (1, 5, "m", "viridis"), (1, 5, "m", "viridis"), (0, 45, "m", "YlOrRd"),
+        ]  # fmt: skip
+        drawn_target, drawn_prediction, error = (panel.images for panel in panels.values())
         # The same depth has the same colour in both, and beyond the range is the range's end.
         assert (drawn_target[0, 0] == drawn_prediction[0, 0]).all()
         assert not drawn_target[0, 1, 1].any() and not error[0, 1, 1].any()
         assert drawn_prediction[0, 1, 1].any()
         valid = np.array([[True, True], [True, False]])
         assert drawn_target[0][valid].any(axis=-1).all() and error[0][valid].any(axis=-1).all()
-        assert all(p.dtype == np.uint8 and p.shape == (1, 2, 2, 3) for p in pictures.values())
+        assert all(p.images.dtype == np.uint8 and p.images.shape == (1, 2, 2, 3) for p in panels.values())
+
+    def test_colours_are_those_of_the_scale(self) -> None:
+        """Looking a colour up on the scale gives the depth back, to half a step of the colormap."""
+        depth = 0.5 + 7 * torch.rand(1, 1, 8, 8, dtype=torch.float64)
+        ((images, scale),) = make().pictures(depth, None).values()
+        assert scale is not None
+        steps = matplotlib.colormaps[scale.colormap](np.arange(256), bytes=True)[:, :3].astype(int)
+        index = np.abs(images[0][..., None, :].astype(int) - steps).sum(axis=-1).argmin(axis=-1)
+        shown = scale.low + (index + 0.5) / 256 * (scale.high - scale.low)
+        assert np.abs(shown - depth[0, 0].numpy()).max() <= (scale.high - scale.low) / 256 * 1.01
 
     def test_without_target_or_labels(self) -> None:
         prediction = torch.tensor([[[[1.0, 2.0]]]])
-        assert list(make().pictures(prediction, None)) == ["depth prediction, 1 to 2 m"]
-        pictures = make().pictures(prediction, torch.zeros(1, 1, 1, 2))
-        assert list(pictures)[1] == "depth prediction, 1 to 2 m"
-        assert not pictures["depth target, 1 to 2 m"].any()
+        panels = make().pictures(prediction, None)
+        assert list(panels) == ["depth prediction"] and panels["depth prediction"].scale == (1, 2, "m", "viridis")
+        panels = make().pictures(prediction, torch.zeros(1, 1, 1, 2))
+        assert panels["depth prediction"].scale == (1, 2, "m", "viridis")
+        assert not panels["depth target"].images.any()
+
+    def test_inverse_depth_has_no_unit(self) -> None:
+        panels = INVERSE.pictures(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+        assert all(title.startswith("depth") and "inverse depth" in title for title in panels)
+        assert all(panel.scale is not None and panel.scale.unit == "" for panel in panels.values())
+
+
+class TestEncode:
+    @settings(max_examples=25)
+    @given(st.floats(1e-3, 3e4), seeds)
+    def test_reads_back_to_half_a_unit(self, largest: float, seed: int) -> None:
+        depth = torch.rand(1, 5, 7, generator=torch.Generator().manual_seed(seed)) * (largest - 1e-3) + 1e-3
+        depth[0, 2, 3] = largest
+        files = make().encode(depth)
+        unit = json.loads(files.pop(".json", b'{"metres_per_unit": 0.001}'))["metres_per_unit"]
+        stored = np.array(Image.open(io.BytesIO(files.pop(".png"))))
+        assert not files and stored.dtype == np.uint16 and stored.shape == (5, 7)
+        assert np.abs(stored * unit - depth[0].double().numpy()).max() <= unit / 2 * (1 + 1e-9) or unit > largest
+        assert stored.all(), "0 is no measurement"
+        assert (unit == 0.001) if largest < 65.535 else (0.5 * 65535 <= stored.max() <= 65535)
+
+    def test_the_folder_data_set_reads_it(self, tmp_path: Path) -> None:
+        for depth, scale in [(torch.linspace(0.5, 65.4, 12), None), (torch.linspace(0.5, 300, 12), 0.008)]:
+            files = make().encode(depth.view(1, 3, 4))
+            (tmp_path / "a.png").write_bytes(files[".png"])
+            assert json.loads(files.get(".json", b"null")) == (scale and {"metres_per_unit": scale})
+            assert LABEL_SIZES["depth"](tmp_path / "a.png") == (3, 4)
+            read = read_depth(tmp_path / "a.png", scale)
+            assert np.allclose(read, depth.view(3, 4).numpy(), atol=(scale or 0.001) / 2 + 1e-5)
+
+    def test_inverse_depth_states_its_scale(self) -> None:
+        depth = torch.tensor([[[0.001, 0.25], [0.5, 3.0]]])
+        files = INVERSE.encode(depth)
+        (unit,) = json.loads(files[".json"]).values()
+        assert list(json.loads(files[".json"])) == ["inverse_depth_per_unit"]
+        stored = np.array(Image.open(io.BytesIO(files[".png"])))
+        assert np.allclose(stored * unit, depth[0].numpy(), atol=unit / 2 * 1.001) and unit < 1e-4
+
+    def test_what_is_no_number_is_no_measurement(self) -> None:
+        files = make().encode(torch.tensor([[[math.nan, 2.0, math.inf]]]))
+        assert np.array(Image.open(io.BytesIO(files[".png"]))).tolist() == [[0, 2000, 0]] and ".json" not in files

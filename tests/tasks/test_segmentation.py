@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import segmentation_models_pytorch as smp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from mtl.config import SegmentationOptions
+from mtl.data.decoding import LABEL_SIZES, read_segmentation
 from mtl.data.sample import IGNORE_INDEX, DataInfo
 from mtl.errors import UserError
 from mtl.tasks.colours import OKABE_ITO, class_colours
@@ -359,19 +362,33 @@ class TestPictures:
     def test_colours(self) -> None:
         target = torch.tensor([[[0, 1], [2, IGNORE_INDEX]]], dtype=torch.uint8)
         prediction = torch.tensor([[[0, 2], [2, 1]]])
-        pictures = make().pictures(prediction, target)
+        panels = make().pictures(prediction, target)
         colours = class_colours(C)
-        assert list(pictures) == ["segmentation target", "segmentation prediction", "segmentation error"]
-        drawn_target, drawn_prediction, error = pictures.values()
+        assert list(panels) == ["segmentation target", "segmentation prediction", "segmentation error"]
+        assert all(panel.scale is None for panel in panels.values())
+        drawn_target, drawn_prediction, error = (panel.images for panel in panels.values())
         assert (drawn_target == np.array([[[colours[0], colours[1]], [colours[2], [0, 0, 0]]]])).all()
         assert (drawn_prediction == colours[prediction.numpy()]).all()
         right, wrong = error[0, 0]
         assert np.ptp(right) == 0 and np.ptp(wrong) > 0
         assert (error[0, 1, 0] == right).all() and not error[0, 1, 1].any()
-        assert all(p.dtype == np.uint8 and p.shape == (1, 2, 2, 3) for p in pictures.values())
+        assert all(p.dtype == np.uint8 and p.shape == (1, 2, 2, 3) for p in (drawn_target, drawn_prediction, error))
 
     def test_without_target(self) -> None:
         assert list(make().pictures(torch.zeros(1, 2, 2).long(), None)) == ["segmentation prediction"]
+
+    @pytest.mark.parametrize("classes", [2, 13, 40, 255])
+    def test_files_hold_indices_and_colours(self, classes: int, tmp_path: Path) -> None:
+        task = make(tuple(f"class {i}" for i in range(classes)))
+        prediction = torch.arange(3 * 85).view(3, 85) % classes
+        ((suffix, content),) = task.encode(prediction).items()
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(content)
+        assert content[24:26] == bytes([8, 3]), "IHDR says 8 bits a pixel and a palette"
+        assert LABEL_SIZES["segmentation"](path) == (3, 85)
+        assert (read_segmentation(path, classes, IGNORE_INDEX) == prediction.numpy()).all()
+        with Image.open(path) as picture:
+            assert (np.array(picture.convert("RGB")) == class_colours(classes)[prediction.numpy()]).all()
 
     def test_palette(self) -> None:
         colours = class_colours(256)
