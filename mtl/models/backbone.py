@@ -1,6 +1,7 @@
 """A timm encoder turned into a pyramid of feature maps, with its own input normalisation."""
 
 import hashlib
+import inspect
 import math
 from typing import Any, NamedTuple, Self
 
@@ -35,7 +36,8 @@ class Backbone(nn.Module):
 
     Args:
         name: timm's name of the model.
-        size: Height and width in pixels, for encoders that are built for one size.
+        size: Height and width in pixels, for encoders that are built for one size. One image of this size shows
+            that the maps are what timm says they are.
         output_stride: Stride of the coarsest map; 8 and 16 replace strides by dilation where timm can.
 
     Attributes:
@@ -46,11 +48,13 @@ class Backbone(nn.Module):
         size_arguments: What timm was told of the input's size.
 
     Raises:
-        UserError: There is no such model, or it has no feature maps a decoder can use.
+        UserError: There is no such model, it cannot take this size or this stride, or it has no feature maps a
+            decoder can use.
     """
 
     mean: Tensor
     std: Tensor
+    encoder: Any
 
     def __init__(self, name: str, size: tuple[int, int] = (224, 224), output_stride: int = 32) -> None:
         super().__init__()
@@ -63,33 +67,34 @@ class Backbone(nn.Module):
                 f"--backbone: the feature maps of {name!r} have strides {', '.join(map(str, reductions))}, and "
                 "decoders need 4, 8, 16 and 32, with or without 1 and 2; choose another backbone"
             )
+        if not self.plain and not _dilates(name, output_stride):
+            raise UserError(
+                f"--backbone: timm cannot give {name!r} an output stride of {output_stride}, with dilation in place of "
+                "strides, which --decoder deeplabv3plus needs; choose another backbone or decoder"
+            )
         # From a plain transformer's one grid, the dpt decoder makes maps down to a stride of 32.
         self.stride = math.lcm(32, *reductions) if self.plain else min(max(reductions), output_stride)
         height, width = (-(-side // self.stride) * self.stride for side in size)
         self.size_arguments = _size_arguments(name, (height, width), self.plain)
-        try:
-            if self.plain:
-                self.encoder: Any = TimmViTEncoder(name, pretrained=False, **self.size_arguments)
-                # Its classifier and last norm take no part in the maps: as in timm's own features_only, they go.
-                self.encoder.model.prune_intermediate_layers(prune_norm=True)
-            else:
-                self.encoder = TimmUniversalEncoder(
-                    name, pretrained=False, output_stride=output_stride, **self.size_arguments
-                )
-        except (ValueError, RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
-            raise UserError(
-                f"backbone {name!r} cannot be built at {size[0]}x{size[1]} with stride {output_stride} "
-                f"({_first_line(error)}); choose another --backbone, --decoder or --data.size"
-            ) from None
-        self.channels: list[int] = list(self.encoder.out_channels)
-        if self.plain:
-            self.strides = list(self.encoder.output_strides)
-        else:
-            self.strides = [2**level for level in range(len(self.channels))]
-            self.strides = [min(stride, output_stride) for stride in self.strides]
         config = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
+        try:
+            self.encoder = self._plain() if self.plain else self._hierarchical(output_stride)
+            self.channels: list[int] = list(self.encoder.out_channels)
+            if self.plain:
+                self.strides: list[int] = list(self.encoder.output_strides)
+            else:
+                self.strides = [min(2**level, output_stride) for level in range(len(self.channels))]
+            self._check_maps(height, width)
+        except _FAILURES as error:
+            own = config.input_size[1:]
+            way = "" if own == (height, width) else f"--data.size {own[0]} {own[1]}, which it was made for, or "
+            extended = "" if (height, width) == tuple(size) else f" (as {height}x{width})"
+            raise UserError(
+                f"--backbone: {name!r} cannot take images of {size[0]}x{size[1]}{extended}; "
+                f"choose {way}another backbone"
+            ) from error
 
     def forward(self, image: Tensor) -> Pyramid:
         """Compute the pyramid of images (B, 3, H, W) in [0, 1], H and W multiples of `stride`.
@@ -99,6 +104,32 @@ class Backbone(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.encoder((image - self.mean) / self.std)
         return Pyramid(*features) if self.plain else Pyramid(features, [])
+
+    def _plain(self) -> Any:
+        encoder = TimmViTEncoder(self.name, pretrained=False, **self.size_arguments)
+        # Its classifier and last norm take no part in the maps: as in timm's own features_only, they go.
+        encoder.model.prune_intermediate_layers(prune_norm=True)
+        # Some have a class token that they do not give beside their maps.
+        if "return_prefix_tokens" not in inspect.signature(encoder.model.forward_intermediates).parameters:
+            encoder.has_prefix_tokens = False
+        return encoder
+
+    def _hierarchical(self, output_stride: int) -> Any:
+        return TimmUniversalEncoder(self.name, pretrained=False, output_stride=output_stride, **self.size_arguments)
+
+    def _check_maps(self, height: int, width: int) -> None:
+        """Refuse maps that are not what `channels` and `strides` say, as decoders would go wrong in silence."""
+        with torch.no_grad():
+            maps = self.eval()(torch.zeros(1, 3, height, width)).maps
+        self.train()
+        for features, channels, stride in zip(maps, self.channels, self.strides, strict=True):
+            shape, expected = features.shape[1:], (channels, height // stride, width // stride)
+            if shape != expected:
+                raise UserError(
+                    f"--backbone: {self.name!r} turns images of {height}x{width} into a map of "
+                    f"{'x'.join(map(str, shape))} (channels, height, width) where decoders need "
+                    f"{'x'.join(map(str, expected))}; choose another backbone"
+                )
 
     def freeze(self) -> None:
         """Make the backbone inert: no gradient, no graph, and evaluation mode whatever `train` is told.
@@ -122,8 +153,12 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
-def _reductions(name: str) -> list[int]:
-    """Return the strides of the model's own feature maps, without allocating its weights."""
+_FAILURES = (RuntimeError, NotImplementedError, AttributeError, TypeError, AssertionError, ValueError, IndexError)
+"""What timm's models raise where they cannot do what they are asked for."""
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError if timm has no such model, or no weights so tagged."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise UserError(
@@ -136,13 +171,30 @@ def _reductions(name: str) -> list[int]:
             f"--backbone: timm has {architecture!r} but no weights tagged {name!r}{nearest(name, known)}; "
             f"there are {', '.join(known) or 'none'}"
         )
+
+
+def _reductions(name: str) -> list[int]:
+    """Return the strides of the model's own feature maps, without allocating its weights."""
+    check_name(name)
     try:
-        with torch.device("meta"):
-            return list(timm.create_model(name, pretrained=False, features_only=True).feature_info.reduction())
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError, AssertionError) as error:
+        return _feature_strides(name)
+    except _FAILURES as error:
         raise UserError(
             f"--backbone: timm's {name!r} gives no feature maps ({_first_line(error)}); choose another backbone"
         ) from None
+
+
+def _feature_strides(name: str, **options: Any) -> list[int]:
+    with torch.device("meta"):
+        return list(timm.create_model(name, pretrained=False, features_only=True, **options).feature_info.reduction())
+
+
+def _dilates(name: str, output_stride: int) -> bool:
+    """Return whether timm can build the model with this output stride."""
+    try:
+        return output_stride >= 32 or max(_feature_strides(name, output_stride=output_stride)) == output_stride
+    except _FAILURES:
+        return False
 
 
 def _size_arguments(name: str, size: tuple[int, int], plain: bool) -> dict[str, Any]:

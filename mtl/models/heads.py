@@ -87,13 +87,14 @@ def resolve_decoder(decoder: str, backbone: Backbone) -> str:
             f"--decoder: {decoder!r} is unknown{nearest(decoder, _DECODERS)}; there are {', '.join(DECODERS)}"
         )
     if backbone.plain != (decoder == "dpt"):
-        kind, way = ("a plain vision transformer", "dpt") if backbone.plain else ("a pyramid", "unet")
+        plain, pyramid = ("maps of one size, as a plain vision transformer has", "dpt"), ("a pyramid of maps", "unet")
+        kind, way = plain if backbone.plain else pyramid
         raise UserError(
-            f"--decoder {decoder} does not fit {backbone.name}, which is {kind}; use --decoder {way} or auto"
+            f"--decoder {decoder} does not fit {backbone.name!r}, which gives {kind}; use --decoder {way} or auto"
         )
     if backbone.plain and 32 % backbone.strides[0]:
         raise UserError(
-            f"--backbone {backbone.name} has patches of {backbone.strides[0]} pixels, which the dpt decoder cannot "
+            f"--backbone: {backbone.name!r} has patches of {backbone.strides[0]} pixels, which the dpt decoder cannot "
             "turn into maps of strides 4 to 32; choose one with patches of 8, 16 or 32"
         )
     return decoder
