@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mtl.data.sample import TARGETS, Batch, Sample, Source
+from mtl.errors import UserError
 
 Augment = Callable[[Sample, np.random.Generator], Sample]
 """A random change of one sample, a pure function of the sample and the generator."""
@@ -36,6 +38,12 @@ class Batches(Sampler[list[Key]]):
     Position p of the epoch is the same sample on any number of ranks: each step of all ranks together takes the
     next ``batch_size * ranks`` positions, and each rank its share of them.
 
+    Several data sets can be mixed in another ratio than that of their sizes. Each gets the same number of an
+    epoch's positions in every epoch, its share rounded by largest remainder, and fills them from an endless
+    sequence of permutations of its samples, which goes on where the epoch before ended. So over any number of
+    epochs the samples of one set are drawn equally often, up to one. Last, all positions are shuffled; those of an
+    incomplete step, which is dropped, count as drawn.
+
     Args:
         length: Number of samples.
         batch_size: Samples in a batch, on each rank.
@@ -43,15 +51,41 @@ class Batches(Sampler[list[Key]]):
         seed: Seed of the orders.
         rank: This process.
         ranks: Number of processes.
+        parts: The samples (row numbers) of each data set, which together are all; None is one set. This and what
+            follows is for training, with `shuffle`.
+        ratios: How often to draw from each of the parts, in any unit; None is in proportion to their sizes.
+        epoch_length: Number of positions of an epoch; None is `length`.
+
+    Raises:
+        UserError: A part has no sample, or so small a ratio that an epoch has none of its samples.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, ranks: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        parts: Sequence[Sequence[int]] | None = None,
+        ratios: Sequence[float] | None = None,
+        epoch_length: int | None = None,
     ) -> None:
-        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.rank, self.ranks = rank, ranks
         self.epoch = 0
         self.start = 0
+        self.length = length if epoch_length is None else epoch_length
+        self.shares: list[tuple[Sequence[int], int]] | None = None
+        if parts is not None or ratios is not None or epoch_length is not None:
+            if not shuffle:
+                raise ValueError(
+                    "without shuffle an epoch is every sample once: parts, ratios and epoch_length do nothing"
+                )
+            parts = [range(length)] if parts is None else parts
+            self.shares = _shares(parts, [len(part) for part in parts] if ratios is None else ratios, self.length)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -66,9 +100,7 @@ class Batches(Sampler[list[Key]]):
         return max(1, self.length // step)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.arange(self.length)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        order = self._order()
         step = self.batch_size * self.ranks
         for number in range(self.start, len(self)):
             positions = range(number * step, min((number + 1) * step, self.length))
@@ -76,6 +108,25 @@ class Batches(Sampler[list[Key]]):
             shares = [positions[rank :: self.ranks] for rank in range(self.ranks)]
             batch = [Key(int(order[p]), self.epoch, p) for p in shares[self.rank]]
             yield batch + [Key(int(order[0]), self.epoch, -1)] * (len(shares[0]) - len(batch))
+
+    def _order(self) -> np.ndarray:
+        """Return the epoch's samples (length,) by position."""
+        if not self.shuffle:
+            return np.arange(self.length)
+        generator = np.random.default_rng([self.seed, self.epoch])
+        if self.shares is None:
+            return generator.permutation(self.length)
+        drawn = [self._draw(number, *share) for number, share in enumerate(self.shares)]
+        return generator.permutation(np.concatenate(drawn))
+
+    def _draw(self, number: int, part: Sequence[int], share: int) -> np.ndarray:
+        """Return the samples (share,) that a part gives to the epoch: a piece of its endless sequence."""
+        begin, size = self.epoch * share, len(part)
+        rounds = range(begin // size, -(-(begin + share) // size))
+        # The last number keeps these draws apart from others of the same seed: missing ones count as zero.
+        entropy = ([self.seed, number, turn, 1] for turn in rounds)
+        sequence = np.concatenate([np.random.default_rng(key).permutation(part) for key in entropy])
+        return sequence[begin - rounds.start * size :][:share]
 
 
 class Samples(Dataset[Batch]):
@@ -237,6 +288,24 @@ def collate(samples: Sequence[Sample], targets: Iterable[str]) -> Batch:
     return batch
 
 
+def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
+    """Divide whole things in proportion to weights: each gets its quota rounded down, the largest remainders one more.
+
+    Also known as Hamilton's method. Among equal remainders, the first come first.
+
+    Args:
+        weights: At least 0, not all of them 0.
+        total: How many to divide.
+    """
+    whole = sum(map(Fraction, weights))
+    quotas = [Fraction(weight) * total / whole for weight in weights]
+    shares = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda k: shares[k] - quotas[k])
+    for k in by_remainder[: total - sum(shares)]:
+        shares[k] += 1
+    return shares
+
+
 def choose_labels(source: Source, target: str, count: int | None, seed: int) -> frozenset[int]:
     """Return the samples whose label of this target is not to be used, so that `count` remain.
 
@@ -267,6 +336,23 @@ def default_workers(in_memory: bool, augmented: bool) -> int:
     if in_memory and not augmented:
         return 0
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shares(parts: Sequence[Sequence[int]], ratios: Sequence[float], length: int) -> list[tuple[Sequence[int], int]]:
+    """Return each part with how many of an epoch's positions it gets."""
+    if len(parts) != len(ratios):
+        raise ValueError(f"{len(ratios)} ratios for {len(parts)} parts")
+    for number, part in enumerate(parts, start=1):
+        if not len(part):
+            raise UserError(f"data set {number} of {len(parts)} has no sample to train on: leave it out")
+    shares = largest_remainder(ratios, length)
+    for number, (share, ratio) in enumerate(zip(shares, ratios, strict=True), start=1):
+        if share < 1:
+            raise UserError(
+                f"data set {number} of {len(parts)} gets none of the {length} samples of an epoch, as its ratio is "
+                f"{ratio:g} out of {sum(ratios):g}: raise its ratio, make epochs longer, or leave it out"
+            )
+    return list(zip(parts, shares, strict=True))
 
 
 def _unbatch(row: Batch) -> Sample:

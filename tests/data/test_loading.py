@@ -1,10 +1,24 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtl.augmentation.loader import LoaderAugmentation
-from mtl.data.loading import Batches, Key, Loader, Samples, bytes_in_memory, choose_labels, collate
+from mtl.data.loading import (
+    Batches,
+    Key,
+    Loader,
+    Samples,
+    bytes_in_memory,
+    choose_labels,
+    collate,
+    largest_remainder,
+)
 from mtl.data.sample import TARGETS, DataInfo, Sample
+from mtl.errors import UserError
 
 
 class Numbers:
@@ -80,6 +94,151 @@ class TestOrder:
         assert len({tuple(len(batch) for batch in share) for share in shares}) == 1
         real = [key.row for share in shares for batch in share for key in batch if key.position >= 0]
         assert sorted(real) == list(range(23))
+
+
+def split(sizes: list[int]) -> list[list[int]]:
+    """Return row numbers of sets of these sizes, interleaved where a list of ranges would hide a mistake."""
+    rows = np.random.default_rng(0).permutation(sum(sizes)).tolist()
+    return [rows[sum(sizes[:k]) : sum(sizes[: k + 1])] for k in range(len(sizes))]
+
+
+def drawn(parts: list[list[int]], epochs: int, **kwargs) -> list[list[int]]:
+    """Return each epoch's rows, all positions of it."""
+    batches = Batches(sum(map(len, parts)), 1, shuffle=True, parts=parts, **kwargs)
+    seen = []
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        seen.append(indices(batches))
+    return seen
+
+
+class TestMixture:
+    def test_without_parts_orders_are_those_of_numpy(self) -> None:
+        batches = Batches(7, 1, shuffle=True, seed=5)
+        batches.set_epoch(3)
+        assert indices(batches) == np.random.default_rng([5, 3]).permutation(7).tolist()
+
+    @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.data())
+    @settings(max_examples=50, deadline=None)
+    def test_every_sample_of_a_set_is_drawn_equally_often(self, sizes: list[int], data: st.DataObject) -> None:
+        parts = split(sizes)
+        ratios = data.draw(st.lists(st.floats(0.2, 5), min_size=len(sizes), max_size=len(sizes)))
+        length = data.draw(st.integers(120, 200))
+        count: Counter[int] = Counter()
+        for seen in drawn(parts, 4, ratios=ratios, epoch_length=length, seed=data.draw(st.integers(0, 9))):
+            assert len(seen) == length
+            shares = [sum(row in part for row in seen) for part in map(set, parts)]
+            assert all(abs(s - length * r / sum(ratios)) < 1 for s, r in zip(shares, ratios, strict=True))
+            count.update(seen)
+            for part in parts:
+                times = [count[row] for row in part]
+                assert max(times) - min(times) <= 1
+
+    def test_a_small_share_goes_through_the_set_before_it_repeats(self) -> None:
+        parts = split([10, 6])
+        first = [[row for row in seen if row in parts[0]] for seen in drawn(parts, 5, ratios=[2, 14])]
+        assert [len(seen) for seen in first] == [2] * 5
+        assert sorted(row for seen in first for row in seen) == sorted(parts[0])
+
+    def test_in_proportion_to_sizes_an_epoch_is_every_sample_once(self) -> None:
+        for seen in drawn(split([5, 9, 3]), 3):
+            assert sorted(seen) == list(range(17))
+
+    def test_an_epoch_of_one_set_can_be_shorter_and_longer(self) -> None:
+        short, long = (Batches(10, 1, shuffle=True, epoch_length=length) for length in (4, 25))
+        seen = []
+        for epoch in range(5):
+            short.set_epoch(epoch)
+            assert len(short) == 4
+            seen += indices(short)
+        assert Counter(seen) == dict.fromkeys(range(10), 2)
+        assert len(long) == 25 and set(Counter(indices(long)).values()) == {2, 3}
+
+    def test_sets_are_shuffled_among_one_another_and_epochs_differ(self) -> None:
+        parts = split([200, 200])
+        first, second = drawn(parts, 2)
+        assert first != second
+        # The number of switches between two sets of 200 in random order has mean 200 and deviation 10.
+        member = np.isin(first, parts[0])
+        assert abs(np.count_nonzero(member[1:] != member[:-1]) - 200) < 50
+
+    def test_rounds_seeds_and_sets_have_orders_of_their_own(self) -> None:
+        def order(seed: int, part: int, turn: int) -> list[int]:
+            batches = Batches(60, 1, shuffle=True, seed=seed, parts=[range(30), range(30, 60)])
+            return (batches._draw(part, range(30), 60)[30 * turn :][:30]).tolist()
+
+        orders = [order(seed, part, turn) for seed in (0, 1) for part in (0, 1) for turn in (0, 1)]
+        orders.append(np.random.default_rng([0, 0]).permutation(30).tolist())  # that of the epoch
+        assert len({tuple(order) for order in orders}) == len(orders)
+
+    def test_epochs_can_be_entered_in_any_order(self) -> None:
+        parts = split([7, 4])
+        kwargs = {"ratios": [1, 3], "epoch_length": 10, "seed": 3}
+        forward = drawn(parts, 6, **kwargs)
+        batches = Batches(11, 1, shuffle=True, parts=parts, **kwargs)
+        for epoch in (5, 2, 0, 4):
+            batches.set_epoch(epoch)
+            assert indices(batches) == forward[epoch]
+
+    @pytest.mark.parametrize("ranks", [2, 3])
+    def test_ranks_together_take_the_same_steps_as_one(self, ranks: int) -> None:
+        mixture = {"shuffle": True, "seed": 7, "parts": split([30, 11]), "ratios": [1, 2], "epoch_length": 50}
+        whole = Batches(41, 6, **mixture)
+        shares = [Batches(41, 6 // ranks, rank=rank, ranks=ranks, **mixture) for rank in range(ranks)]
+        for epoch in (0, 3):
+            for batches in (whole, *shares):
+                batches.set_epoch(epoch)
+            steps = list(zip(whole, *shares, strict=True))
+            assert len(steps) == 50 // 6
+            for batch, *pieces in steps:
+                assert sorted(batch) == sorted(key for piece in pieces for key in piece)
+
+    def test_goes_on_in_the_middle_of_an_epoch(self) -> None:
+        def loader() -> Loader:
+            parts = split([15, 8])
+            return Loader(make(), Batches(23, 4, shuffle=True, parts=parts, ratios=[1, 1], epoch_length=30), 0)
+
+        whole = loader()
+        whole.batch_sampler.set_epoch(2)
+        iterator = iter(whole)
+        for _ in range(3):
+            next(iterator)
+        resumed = loader()
+        resumed.load_state_dict(whole.state_dict())
+        resumed.batch_sampler.set_epoch(2)
+        rest = list(resumed)
+        assert len(rest) == 30 // 4 - 3
+        for expected, got in zip(iterator, rest, strict=True):
+            assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    def test_a_set_that_is_never_drawn_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"data set 2 of 2 gets none of the 20 .* ratio is 0.01 out of 1"):
+            Batches(20, 4, shuffle=True, parts=split([15, 5]), ratios=[0.99, 0.01])
+        with pytest.raises(UserError, match=r"data set 1 of 2 has no sample"):
+            Batches(5, 4, shuffle=True, parts=[[], list(range(5))])
+
+    def test_what_would_be_ignored_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="without shuffle"):
+            Batches(5, 4, shuffle=False, epoch_length=10)
+        with pytest.raises(ValueError, match="2 ratios for 1 parts"):
+            Batches(5, 4, shuffle=True, ratios=[1, 2])
+
+
+class TestLargestRemainder:
+    def test_textbook(self) -> None:
+        """Wikipedia's example of Hamilton's method: 100 000 votes, 10 seats."""
+        assert largest_remainder([47_000, 16_000, 15_800, 12_000, 6_100, 3_100], 10) == [5, 2, 1, 1, 1, 0]
+
+    def test_equal_remainders_go_to_the_first(self) -> None:
+        assert largest_remainder([0.1, 0.1, 0.1], 5) == [2, 2, 1]
+
+    @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6), st.integers(0, 10**6))
+    @settings(deadline=None)
+    def test_each_is_its_quota_up_to_less_than_one(self, weights: list[float], total: int) -> None:
+        shares = largest_remainder(weights, total)
+        assert sum(shares) == total
+        for share, weight in zip(shares, weights, strict=True):
+            assert abs(share - total * weight / sum(weights)) < 1 + 1e-6
 
 
 class TestSamples:
