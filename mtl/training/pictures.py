@@ -5,12 +5,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from mtl.files import write_whole
 from mtl.tasks.base import Panel, Scale, Task
@@ -20,8 +22,14 @@ from mtl.training.history import History
 Panels = dict[str, Panel]
 """Pictures by title, all of the same samples, side by side."""
 
-_PAGE_SHAPE = 1.6
+_PAGE_SHAPE = 1.5
 """Width over height that a page of one sample comes near to."""
+
+_AREA, _WIDEST, _HIGHEST, _THINNEST = 6.0, 8.0, 5.0, 0.1
+"""Square inches of a picture whatever its shape, the most inches it is wide and high, and the least it is either."""
+
+_SLOT, _GAP, _TITLE, _BAR, _ENTRY = 2.0, 0.06, 0.22, 0.42, 0.17
+"""Inches: the least width for a title, between pictures, and heights of a title, a scale and a line of the legend."""
 
 
 def draw_predictions(
@@ -38,29 +46,42 @@ def draw_predictions(
         classes: Names of the classes whose colours are to be explained.
         present: Indices of those that occur; None explains all.
     """
-    samples, height, width = next(iter(panels.values())).images.shape[:3]
-    # Cells of one area whatever their shape, but never too narrow for a title.
-    cell_width = 2.4 * min(max(math.sqrt(width / height), 0.6), 2.5)
-    cell_height = min(cell_width * height / width, 5.0)
-    across = len(panels) if samples > 1 else _columns(len(panels), cell_width / (cell_height + 0.5))
-    lines = -(-len(panels) // across)
-    figure = Figure(figsize=(cell_width * across, (cell_height * samples + 0.7) * lines + 0.4), layout="compressed")
-    shown = range(len(classes)) if present is None else sorted(present)
-    patches = [Patch(color=class_colours(len(classes))[index] / 255, label=classes[index]) for index in shown]
-    if patches:
-        fitting = max(1, int(figure.get_figwidth() / (0.4 + 0.07 * max(len(classes[index]) for index in shown))))
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), fitting), fontsize=7)
-    grid = figure.subplots(lines * samples, across, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for place, (title, panel) in enumerate(panels.items()):
-        line, column = divmod(place, across)
-        cells: list[Axes] = list(grid[line * samples : (line + 1) * samples, column])
-        cells[0].set_title(title, fontsize=8)
-        for axes, image in zip(cells, panel.images, strict=True):
-            axes.imshow(image)
+    samples, rows, columns = next(iter(panels.values())).images.shape[:3]
+    width = min(math.sqrt(_AREA * columns / rows), _WIDEST, _HIGHEST * columns / rows)
+    width, height = max(width, _THINNEST), max(width * rows / columns, _THINNEST)
+    slot = max(width, _SLOT) + _GAP
+    plain_line = _TITLE + samples * (height + _GAP)
+    across = len(panels) if samples > 1 else _columns(len(panels), slot / (plain_line + _BAR))
+    scaled = [panel.scale is not None for panel in panels.values()]
+    bars = [_BAR * any(scaled[first : first + across]) for first in range(0, len(panels), across)]
+    tops = [number * plain_line + sum(bars[:number]) for number in range(len(bars) + 1)]
+
+    indices = range(len(classes)) if present is None else sorted(present)
+    page_width = across * slot + _GAP
+    fitting = max(1, int(page_width / (0.45 + 0.075 * max((len(classes[i]) for i in indices), default=0))))
+    legend = -(-len(indices) // fitting) * _ENTRY + _GAP if indices else 0.0
+    page_height = tops[-1] + legend
+    figure = Figure(figsize=(page_width, page_height))
+
+    def place(middle: float, top: float, width: float, height: float) -> Axes:
+        """Return axes at a place in inches from the page's upper left corner."""
+        left, bottom = middle - width / 2, page_height - top - height
+        return figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
+
+    for number, (title, panel) in enumerate(panels.items()):
+        middle = (number % across + 0.5) * slot + _GAP / 2
+        top = tops[number // across] + _TITLE
+        figure.text(middle / page_width, 1 - (top - 0.06) / page_height, title, ha="center", fontsize=8)
+        for image in panel.images:
+            axes = place(middle, top, width, height)
+            axes.imshow(image, aspect="auto")
+            axes.set_axis_off()
+            top += height + _GAP
         if panel.scale is not None:
-            _add_scale(figure, cells, panel.scale)
+            _draw_scale(figure, place(middle, top, min(max(width, _SLOT), 4.0) - 0.3, 0.08), panel.scale)
+    if indices:
+        patches = [Patch(color=class_colours(len(classes))[i] / 255, label=classes[i]) for i in indices]
+        figure.legend(handles=patches, loc="lower center", ncols=fitting, fontsize=7, frameon=False, borderpad=0.2)
     _save(figure, path)
 
 
@@ -74,23 +95,27 @@ def _columns(panels: int, cell_shape: float) -> int:
     return min(range(1, panels + 1), key=strain)
 
 
-def _add_scale(figure: Figure, cells: list[Axes], scale: Scale) -> None:
-    """Put a bar of colours with numbers and their unit below a column of pictures."""
+def _draw_scale(figure: Figure, axes: Axes, scale: Scale) -> None:
+    """Fill axes with a bar of colours, with numbers and their unit below it."""
     spread = scale.high > scale.low
     colours = ScalarMappable(Normalize(scale.low, scale.high if spread else scale.low + 1), scale.colormap)
-    bar = figure.colorbar(
-        colours,
-        ax=cells,
-        location="bottom",
-        ticks=MaxNLocator(4) if spread else [scale.low],
-        shrink=0.9,
-        aspect=30,
-        pad=0.02,
-        label=scale.unit,
-    )
-    bar.ax.tick_params(labelsize=6, length=2)
-    bar.ax.xaxis.label.set_fontsize(7)
+    ticks = MaxNLocator(4) if spread else [scale.low]
+    bar = figure.colorbar(colours, cax=axes, orientation="horizontal", ticks=ticks)
+    bar.set_label(scale.unit, fontsize=7, labelpad=0)
+    bar.ax.tick_params(labelsize=6, length=2, pad=1)
     bar.outline.set_linewidth(0.4)
+
+
+def channels_last(images: Tensor) -> np.ndarray:
+    """Return images (B, 3, H, W) as pictures (B, H, W, 3)."""
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def overlay(images: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Lay drawn labels half transparently over images, (B, H, W, 3) uint8 both; where they are black, nothing is."""
+    known = drawn.any(axis=-1, keepdims=True)
+    mixed: np.ndarray = np.where(known, images // 2 + drawn // 2, images)
+    return mixed
 
 
 def draw_curves(path: Path, history: History, tasks: Sequence[Task], constant: Mapping[str, float]) -> None:

@@ -1,0 +1,140 @@
+"""Prediction of images of any size."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mtl.data.fitting import _resample
+from mtl.errors import UserError
+from mtl.prediction.images import Picture, pixels
+from mtl.prediction.windows import Cover, blend, cover, resize
+from mtl.training.module import MultiTaskModule
+
+ONE_PASS = 4
+"""An image of up to this many times the pixels of training goes through the model whole, where the backbone takes
+any size."""
+
+_LARGEST = 2**25
+"""The most pixels to which an image is enlarged."""
+
+_BAND = 2**24
+"""Outputs that are turned into predictions at once, all channels counted."""
+
+
+class Predictor:
+    """A trained model that takes images of any size and answers at that size.
+
+    An image is first brought to the scale of training, just as training samples are (`mtl.data.fitting`): it is
+    scaled until it covers the size of training, but nothing is cut off. That is the scale at which the network
+    knows textures and sizes, on which metric depth depends. What is larger than the size of training then goes
+    through the model in overlapping windows of that size, unless the backbone takes any size and the image is not
+    much larger. Windows are blended before anything else is made of the heads' outputs, and the outputs are
+    resampled to the image's own size before they become predictions: so classes are decided, and normals
+    normalised, last.
+
+    Args:
+        module: Model and tasks; it is put into evaluation mode. Its device and type are used.
+        scale: 'fit' brings images to the scale of training; 'native' leaves them as they are.
+        overlap: Share of its length by which a window overlaps the next, at least 0 and less than 1.
+        batch_size: Windows in a batch.
+
+    Raises:
+        UserError: An option is not allowed.
+    """
+
+    def __init__(
+        self,
+        module: MultiTaskModule,
+        *,
+        scale: Literal["fit", "native"] = "fit",
+        overlap: float = 0.25,
+        batch_size: int = 8,
+    ) -> None:
+        if scale not in ("fit", "native"):
+            raise UserError(f"the scale {scale!r} is not one of fit, native")
+        if not 0 <= overlap < 1:
+            raise UserError(f"an overlap of {overlap} is not a share of a window, from 0 to less than 1")
+        if batch_size < 1:
+            raise UserError(f"a batch of {batch_size} windows is none: take at least 1")
+        self.module = module
+        self.tasks = list(module.each_task())
+        self.scale = scale
+        self.overlap = overlap
+        self.batch_size = batch_size
+        self._size = module.options.data.size
+        self._fixed = "img_size" in module.model.backbone.size_arguments
+
+    @torch.no_grad()
+    def predict(self, image: Picture) -> dict[str, Tensor]:
+        """Return each task's prediction, by the task's name, at the image's own height and width.
+
+        Args:
+            image: A file's path, a Pillow image, an array (H, W, 3) uint8, or a tensor (3, H, W) uint8 or floats in
+                [0, 1]; sRGB.
+
+        Returns:
+            What the tasks predict, without the axis of a batch, on the CPU: segmentation (H, W) int64, depth
+            (1, H, W) in metres, normals (3, H, W).
+
+        Raises:
+            UserError: The image cannot be read, or is too elongated to be brought to the scale of training.
+        """
+        self.module.eval()
+        array = pixels(image)
+        size = (array.shape[0], array.shape[1])
+        scaled = torch.from_numpy(_resample(array, self._scaled(size))).permute(2, 0, 1)
+        height, width = scaled.shape[1:]
+        window = self._window(height, width)
+        rows, columns = cover(height, window[0], self.overlap), cover(width, window[1], self.overlap)
+        strips = blend(self._outputs(scaled, rows, columns), rows, columns)
+        channels = [task.channels for task in self.tasks]
+        bands = resize(strips, (height, width), size, max(1, _BAND // (sum(channels) * max(width, size[1]))))
+        parts: dict[str, list[Tensor]] = {task.name: [] for task in self.tasks}
+        for band in bands:
+            for task, outputs in zip(self.tasks, band.split_with_sizes(channels), strict=True):
+                parts[task.name].append(task.predict(outputs[None])[0].cpu())
+        return {name: torch.cat(bands, dim=-2) for name, bands in parts.items()}
+
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the height and width at which an image of this size goes through the model."""
+        if self.scale == "native":
+            return size
+        factor = max(target / available for target, available in zip(self._size, size, strict=True))
+        # By the definition of the factor, no side ends up shorter than that of training.
+        height, width = (max(t, round(s * factor)) for t, s in zip(self._size, size, strict=True))
+        if height * width > max(_LARGEST, size[0] * size[1]):
+            raise UserError(
+                f"an image of {size[1]}x{size[0]} pixels (width x height) would have to be enlarged to {width}x{height}"
+                " for the scale of training: cut it into less elongated ones, or use the scale 'native'"
+            )
+        return height, width
+
+    def _window(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width of the windows for an image of this size."""
+        if not self._fixed and height * width <= ONE_PASS * self._size[0] * self._size[1]:
+            return height, width
+        return self._size
+
+    def _outputs(self, image: Tensor, rows: Cover, columns: Cover) -> Iterator[Tensor]:
+        """Yield the heads' outputs (C, rows.window, columns.window) for each window, all tasks' channels in a row."""
+        model = self.module.model
+        parameter = next(model.parameters())
+        layout = torch.channels_last if self.module.options.channels_last else torch.contiguous_format
+        # A backbone that takes but one size gets small images extended as the model itself would extend them.
+        least = self._size if self._fixed else (0, 0)
+        padding = (0, max(0, least[1] - columns.window), 0, max(0, least[0] - rows.window))
+        places = itertools.product(rows.starts, columns.starts)
+        while chunk := list(itertools.islice(places, self.batch_size)):
+            windows = torch.stack([image[:, y : y + rows.window, x : x + columns.window] for y, x in chunk])
+            batch = windows.to(parameter.device).to(parameter.dtype)
+            if image.dtype == torch.uint8:
+                batch = batch / 255
+            if any(padding):
+                batch = functional.pad(batch, padding, mode="replicate")
+            outputs = model(batch.contiguous(memory_format=layout))
+            joined = torch.cat([outputs[task.name] for task in self.tasks], dim=1)
+            yield from joined[..., : rows.window, : columns.window]
