@@ -1,0 +1,1 @@
+"""Measurements that end in a table of the README."""
