@@ -4,32 +4,40 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
 
+from mtl import registry
 from mtl.augmentation.loader import LoaderAugmentation
-from mtl.config import Experiment
+from mtl.config import CLASS_COUNTS, DataOptions, Experiment, SourceOptions
+from mtl.data.cityscapes import Cityscapes
+from mtl.data.combined import Combined
 from mtl.data.folder import Folder
 from mtl.data.loading import Batches, Loader, Samples, bytes_in_memory, choose_labels, default_workers
+from mtl.data.nyuv2 import NYUv2
 from mtl.data.sample import DataInfo, Source
 from mtl.data.scenes import Scenes
 from mtl.errors import UserError, nearest
 from mtl.models.backbone import Backbone
 from mtl.models.heads import Head, encoder_stride, resolve_decoder
 from mtl.models.multitask import MultiTaskModel
+from mtl.plugins import check_source, check_task, file_of, in_plugin
 from mtl.tasks.base import Task
 from mtl.tasks.depth import Depth
+from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation
 from mtl.training.module import MultiTaskModule
 from mtl.training.tracking import Mode
+from mtl.transfer.lora import add_lora
+from mtl.weighting.base import Weighting
 from mtl.weighting.fixed import FixedWeights
 
 HELD_OUT_SCENES = 1_000_000
 """Number of the first rendered room that is held out; those for training are numbered from 0."""
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,40 @@ class Surroundings:
 
 
 def open_source(experiment: Experiment, split: Split, surroundings: Surroundings) -> Source:
-    """Open the configured data set.
+    """Open the configured data set, or several as one.
 
     Raises:
-        UserError: It is not there or cannot be used.
+        UserError: One is not there or cannot be used, or they do not go together.
     """
-    data = experiment.data
-    if data.name == "folder":
-        assert data.root is not None, "the configuration has checked this"
-        return Folder(data.root, split=split, size=data.size, description=data.description)
+    opened = [(_open(options, split, experiment.data, surroundings), options.targets) for options in experiment.sources]
+    if len(opened) == 1 and opened[0][1] is None:
+        return opened[0][0]
+    return Combined([(source, None if targets is None else tuple(targets)) for source, targets in opened])
+
+
+def _open(options: SourceOptions, split: Split, data: DataOptions, surroundings: Surroundings) -> Source:
+    if factory := registry.data_sets.get(options.name):
+        with in_plugin(file_of(factory) or options.name, f"opening the data set {options.name!r}"):
+            return check_source(factory(options.root, split=split, size=data.size), options.name)
+    if options.name == "nyuv2":
+        assert options.root is not None, "the configuration has checked this"
+        classes = options.classes or CLASS_COUNTS["nyuv2"][0]
+        return NYUv2(options.root, split=split, size=data.size, classes=classes, raw_depth=options.raw_depth)
+    if options.name == "cityscapes":
+        assert options.root is not None, "the configuration has checked this"
+        classes = options.classes or CLASS_COUNTS["cityscapes"][0]
+        return Cityscapes(options.root, split=split, size=data.size, classes=classes)
+    if split == "test":
+        raise UserError(f"--split test: data set {options.name!r} has no test split of its own; leave it out")
+    if options.name == "folder":
+        assert options.root is not None, "the configuration has checked this"
+        return Folder(options.root, split=split, size=data.size, description=options.description)
     report = surroundings.progress
     training = split == "train"
     return Scenes(
-        data.train_samples if training else data.val_samples,
-        domain=data.domain,
-        seed=data.scene_seed,
+        options.train_samples if training else options.val_samples,
+        domain=options.domain,
+        seed=options.scene_seed,
         size=data.size,
         start=0 if training else HELD_OUT_SCENES,
         cache_dir=data.cache_dir or surroundings.cache_dir,
@@ -86,7 +113,7 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
     """
     source = open_source(experiment, split, surroundings)
     data = experiment.data
-    targets = {task: target for task, target in TARGET_OF.items() if task in experiment.task}
+    targets = {task: target_of(task) for task in experiment.task}
     hidden: dict[str, frozenset[int]] = {}
     for task, target in targets.items():
         available = int(source.labelled(target).sum())
@@ -100,16 +127,27 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
             raise UserError(
                 f"--data.labels {task}={wanted}: {source.info.name} has only {available} such training samples"
             )
-        hidden[target] = choose_labels(source, target, wanted, experiment.seed)
+        chosen = choose_labels(source, target, wanted, experiment.seed)
+        if hidden.setdefault(target, chosen) != chosen:
+            raise UserError(
+                f"--data.labels: {task!r} learns from {target} labels as another task does; give both as many"
+            )
     usable = sorted(
         {int(i) for target in targets.values() for i in source.labelled(target).nonzero()[0] if i not in hidden[target]}
     )
-    in_memory = bytes_in_memory(data.size, targets.values(), len(usable)) <= data.cache_gb * 1e9
+    if split == "train" and isinstance(source, Combined):
+        for options, part in zip(experiment.sources, source.parts, strict=True):
+            if not any(index in part for index in usable):
+                raise UserError(
+                    f"no training sample of the data set {options.name!r} has a label for {', '.join(experiment.task)}; "
+                    "leave it out of more_data, or change --task"
+                )
+    in_memory = bytes_in_memory(data.size, set(targets.values()), len(usable)) <= data.cache_gb * 1e9
     report = surroundings.progress
     return Samples(
         source,
         usable,
-        tuple(targets.values()),
+        tuple(dict.fromkeys(targets.values())),
         hidden=hidden,
         augment=LoaderAugmentation(data.augment) if split == "train" and data.augment != "none" else None,
         seed=experiment.seed,
@@ -119,16 +157,40 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
 
 
 def build_tasks(experiment: Experiment, info: DataInfo) -> list[Task]:
-    """Return the experiment's tasks for a data set."""
+    """Return the experiment's tasks for a data set.
+
+    Raises:
+        UserError: The data do not suit a task, or a plugin's task does not do what a task must.
+    """
     makers: dict[str, Callable[[], Task]] = {
         "segmentation": lambda: Segmentation(experiment.segmentation, info),
         "depth": lambda: Depth(experiment.depth, info),
+        "normals": lambda: Normals(info),
     }
-    return [makers[task]() for task in experiment.task]
+    return [makers[name]() if name in makers else _plugin_task(name, info) for name in experiment.task]
 
 
-TARGET_OF = {task.name: task.target for task in (Segmentation, Depth)}
-"""The target of each task."""
+def _plugin_task(name: str, info: DataInfo) -> Task:
+    make = registry.tasks[name]
+    with in_plugin(file_of(make) or name, f"making the task {name!r}"):
+        task = make(info)
+        check_task(make(info))
+    return task
+
+
+def target_of(task: str) -> str:
+    """Return the batch key of a task's labels."""
+    built_in: dict[str, str] = {kind.name: kind.target for kind in (Segmentation, Depth, Normals)}
+    return built_in[task] if task in built_in else registry.tasks[task].target
+
+
+def build_weighting(experiment: Experiment) -> Weighting:
+    """Return the rule that combines the losses."""
+    rule = registry.weightings.get(experiment.weighting)
+    if rule is None:
+        return FixedWeights({task: experiment.loss_weights.get(task, 1.0) for task in experiment.task})
+    with in_plugin(file_of(rule) or experiment.weighting, f"making the weighting rule {experiment.weighting!r}"):
+        return rule(experiment.task)
 
 
 def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool = True) -> MultiTaskModel:
@@ -148,25 +210,44 @@ def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool
     heads = {task.name: Head(backbone, decoder, task.channels, width, dropout) for task in tasks}
     model = MultiTaskModel(backbone, heads)
     _check_runs(model, experiment, training)
-    if experiment.freeze:
-        backbone.freeze()
+    if experiment.freeze or experiment.freeze_stages:
+        backbone.freeze(experiment.freeze_stages)
     if experiment.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     return model
 
 
 def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> MultiTaskModule:
-    """Return what Lightning trains, randomly initialised; with no steps to make it is for evaluation alone."""
+    """Return what Lightning trains, randomly initialised and without adapters.
+
+    Args:
+        experiment: What to build.
+        info: What is known of the data.
+        total_steps: Optimizer steps of the first fit; 0 for evaluation alone.
+
+    Raises:
+        UserError: The parts do not go together.
+    """
     tasks = build_tasks(experiment, info)
     model = build_model(experiment, tasks, training=total_steps > 0)
     if experiment.compile:
         model.compile()
-    weights = FixedWeights({task: experiment.loss_weights.get(task, 1.0) for task in experiment.task})
-    return MultiTaskModule(model, tasks, weights, experiment, total_steps, classes=info.classes)
+    return MultiTaskModule(model, tasks, build_weighting(experiment), experiment, total_steps, info)
+
+
+def adapt(module: MultiTaskModule) -> None:
+    """Add low-rank adapters where the experiment asks for them; they come after the initial weights.
+
+    Raises:
+        UserError: The backbone cannot have them, or the package for them is missing.
+    """
+    if module.options.lora is not None:
+        add_lora(module.model.backbone, module.options.lora)
 
 
 def steps_in_epoch(experiment: Experiment, samples: int) -> int:
     """Return the number of optimizer steps of an epoch."""
+    samples = experiment.epoch_samples or samples
     batches = len(Batches(samples, experiment.batch_size, shuffle=True, ranks=experiment.devices))
     return -(-batches // experiment.accumulate)
 
@@ -174,6 +255,39 @@ def steps_in_epoch(experiment: Experiment, samples: int) -> int:
 def steps_in_all(experiment: Experiment, samples: int) -> int:
     """Return the number of optimizer steps of the whole training."""
     return experiment.max_steps or experiment.epochs * steps_in_epoch(experiment, samples)
+
+
+class Fit(NamedTuple):
+    """One of the fits that a training is made of, each with an optimizer, a schedule and a wrapper of its own.
+
+    Attributes:
+        thawed: Whether this is what follows a thaw of the backbone.
+        epochs: Number of its epochs.
+        steps: Number of its optimizer steps.
+    """
+
+    thawed: bool
+    epochs: int
+    steps: int
+
+
+def plan_fits(experiment: Experiment, samples: int) -> list[Fit]:
+    """Return a training's fits: one, or two where the backbone thaws.
+
+    Raises:
+        UserError: The training ends before the thaw.
+    """
+    each, steps = steps_in_epoch(experiment, samples), steps_in_all(experiment, samples)
+    epochs = -(-steps // each)
+    if experiment.unfreeze_at is None:
+        return [Fit(False, epochs, steps)]
+    probe = experiment.unfreeze_at
+    if probe * each >= steps:
+        raise UserError(
+            f"--unfreeze-at {probe} comes after {probe * each} steps, and the training has {steps}; "
+            "thaw earlier, or train longer with --epochs or --max-steps"
+        )
+    return [Fit(False, probe, probe * each), Fit(True, epochs - probe, steps - probe * each)]
 
 
 def make_trainer(experiment: Experiment, **arguments: Any) -> lightning.Trainer:
@@ -199,11 +313,26 @@ def make_loader(samples: Samples, experiment: Experiment, trainer: lightning.Tra
         seed=experiment.seed,
         rank=trainer.global_rank,
         ranks=trainer.world_size,
+        **(_mixture(samples, experiment) if training else {}),
     )
     workers = experiment.data.workers
     if workers is None:
         workers = default_workers(samples.stored is not None, samples.augment is not None)
     return Loader(samples, batches, workers, pin_memory=trainer.strategy.root_device.type == "cuda")
+
+
+def _mixture(samples: Samples, experiment: Experiment) -> dict[str, Any]:
+    """Return how training draws from several data sets, where that is not simply each sample once an epoch."""
+    ratios = [source.ratio for source in experiment.sources]
+    if experiment.epoch_samples is None and None in ratios:
+        return {}
+    ranges = samples.source.parts if isinstance(samples.source, Combined) else [range(len(samples.source))]
+    parts = [[row for row, index in enumerate(samples.indices) if index in part] for part in ranges]
+    return {
+        "parts": parts,
+        "ratios": None if None in ratios else ratios,
+        "epoch_length": experiment.epoch_samples,
+    }
 
 
 def check_machine(experiment: Experiment) -> None:

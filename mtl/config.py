@@ -5,7 +5,7 @@ are the flags of the command line and the keys of the YAML files; what their val
 checked here where that needs no model and no data, and where they are used otherwise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -21,16 +21,30 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from mtl import registry
 from mtl.errors import UserError, nearest
 
 SHIPPED_BACKBONE = "mobilenetv4_conv_small"
 """The timm name of the backbone whose weights come with the package."""
 
-TASKS = ("segmentation", "depth")
-"""The tasks that come with the package."""
-
 DECODERS = ("unet", "fpn", "upernet", "segformer", "deeplabv3plus", "dpt")
 """The decoders of segmentation-models-pytorch that a head can be built from."""
+
+
+TARGETS = ("segmentation", "depth", "normals")
+"""The dense targets that a data set can have."""
+
+CLASS_COUNTS = {"nyuv2": (13, 40), "cityscapes": (19, 7)}
+"""The numbers of classes that a data set's labels come in, the default first."""
+
+YAML_ONLY = ("needs_plugins", "more_data")
+"""Fields without a flag."""
+
+
+def _known(value: str, kind: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is not a {kind}{nearest(value, allowed)}; there are {', '.join(allowed)}")
+    return value
 
 
 class Options(BaseModel):
@@ -80,17 +94,23 @@ class DepthOptions(Options):
         return self
 
 
-class DataOptions(Options):
-    """Which pictures and labels."""
+class SourceOptions(Options):
+    """Which data set, and what of it."""
 
-    name: Literal["scenes", "folder"] = "scenes"
-    """The data set: rooms rendered on the fly, or a folder of images with label folders beside it."""
+    name: str = "scenes"
+    """The data set: scenes (rooms rendered on the fly), folder (your own), nyuv2, cityscapes, or a plugin's."""
     root: Path | None = None
-    """Where the folder's images/, segmentation/ and depth/ are."""
+    """Where the data set's files are; data/README.md shows each layout."""
     description: Path | None = None
-    """YAML with the folder's classes, depth scale and split (none: ROOT/dataset.yaml)."""
-    size: tuple[int, int] = (128, 128)
-    """Height and width in pixels that every sample is fitted to."""
+    """YAML with a folder's classes, depth scale and split (none: ROOT/dataset.yaml)."""
+    targets: list[str] | None = None
+    """Use only these labels of the data set: segmentation, depth, normals (none: all it has)."""
+    ratio: float | None = Field(None, gt=0)
+    """How often samples are drawn from this data set, relative to the ratios of the others (none: its size)."""
+    classes: int | None = None
+    """How many classes: 13 or 40 of nyuv2, 19 or 7 of cityscapes (none: the first of these)."""
+    raw_depth: bool = False
+    """Use nyuv2's depth as measured, with holes, in place of the in-painted one."""
     domain: Literal["studio", "loft"] = "loft"
     """Which of the two looks the rendered rooms have."""
     train_samples: int = Field(800, ge=1)
@@ -99,6 +119,41 @@ class DataOptions(Options):
     """How many other rendered rooms to validate on."""
     scene_seed: int = Field(0, ge=0)
     """Which rooms are rendered; --seed leaves them as they are."""
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, value: str) -> str:
+        return _known(value, "data set", registry.data_sets.names)
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not value:
+            raise ValueError("name at least one target, or leave it out to use all")
+        return None if value is None else [_known(target, "target", TARGETS) for target in value]
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Self:
+        if self.name in ("folder", "nyuv2", "cityscapes") and self.root is None:
+            raise ValueError(f"data set {self.name!r} needs --data.root, the folder that holds its files")
+        if self.name == "scenes" and self.root is not None:
+            raise ValueError("--data.root belongs to data sets of files; add --data.name folder, nyuv2 or cityscapes")
+        if self.name != "folder" and self.description is not None:
+            raise ValueError("--data.description belongs to --data.name folder")
+        allowed = CLASS_COUNTS.get(self.name, ())
+        if self.classes is not None and self.classes not in allowed:
+            choice = f"has {' or '.join(map(str, allowed))} classes" if allowed else "has classes of its own"
+            raise ValueError(f"--data.classes {self.classes}: data set {self.name!r} {choice}")
+        if self.raw_depth and self.name != "nyuv2":
+            raise ValueError(f"--data.raw-depth belongs to --data.name nyuv2, not {self.name}")
+        return self
+
+
+class DataOptions(SourceOptions):
+    """Which pictures and labels."""
+
+    size: tuple[int, int] = (128, 128)
+    """Height and width in pixels that every sample is fitted to."""
     labels: dict[str, int] = {}
     """Use this many labelled training images of a task, drawn by --seed (depth=50)."""
     augment: Literal["none", "colour", "light"] = "none"
@@ -125,22 +180,26 @@ class DataOptions(Options):
             raise ValueError("height and width must be at least 16 pixels")
         return value
 
-    @model_validator(mode="after")
-    def _root_given(self) -> Self:
-        if self.name == "folder" and self.root is None:
-            raise ValueError("data set 'folder' needs --data.root, the folder that holds images/")
-        if self.name != "folder" and (self.root is not None or self.description is not None):
-            raise ValueError("--data.root and --data.description belong to --data.name folder")
-        return self
-
 
 class TaskGroup(Options):
     """What to learn."""
 
+    needs_plugins: list[str] = []
+    """Names of the files of users' code that this was made with; the code itself comes from --plugin alone."""
     task: list[str] = ["segmentation", "depth"]
-    """One task or several, learned together on one backbone: segmentation, depth."""
+    """One task or several, learned together on one backbone: segmentation, depth, normals, or a plugin's."""
+    weighting: str = "fixed"
+    """How the tasks' losses are combined: fixed (a sum with --loss-weights), or a plugin's rule."""
     loss_weights: dict[str, float] = {}
     """Weights of the tasks' losses in their sum (segmentation=1 depth=0.5); 1 where not named."""
+
+    @field_validator("needs_plugins")
+    @classmethod
+    def _plugins_given(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in registry.plugins:
+                raise ValueError(f"this was made with code in {name}, which a person must name: add --plugin {name}")
+        return value
 
     @field_validator("task", mode="before")
     @classmethod
@@ -151,23 +210,29 @@ class TaskGroup(Options):
     @classmethod
     def _known_tasks(cls, value: list[str]) -> list[str]:
         if not value:
-            raise ValueError(f"name at least one of {', '.join(TASKS)}")
+            raise ValueError(f"name at least one of {', '.join(registry.tasks.names)}")
         for task in value:
-            if task not in TASKS:
-                raise ValueError(f"{task!r} is not a task{nearest(task, TASKS)}; there are {', '.join(TASKS)}")
+            _known(task, "task", registry.tasks.names)
         if len(set(value)) < len(value):
             raise ValueError("a task is named twice")
         return value
 
+    @field_validator("weighting")
+    @classmethod
+    def _known_weighting(cls, value: str) -> str:
+        return _known(value, "weighting rule", registry.weightings.names)
+
     @field_validator("loss_weights")
     @classmethod
     def _positive_weights(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
-        tasks = info.data.get("task", TASKS)
+        tasks = info.data.get("task", registry.tasks.names)
         for task, weight in value.items():
             if task not in tasks:
                 raise ValueError(f"{task!r} is not one of this run's tasks ({', '.join(tasks)}){nearest(task, tasks)}")
             if not 0 < weight < float("inf"):
                 raise ValueError(f"{task}={weight} must be positive and finite")
+        if value and info.data.get("weighting", "fixed") != "fixed":
+            raise ValueError("fixed weights belong to --weighting fixed; leave one of the two out")
         return value
 
 
@@ -178,6 +243,35 @@ class TransferGroup(Options):
     """shipped, imagenet (timm's weights, downloaded), none (random), or a path: a run, a checkpoint, weights."""
     freeze: bool = False
     """Leave the backbone exactly as it is and train the heads alone."""
+    freeze_stages: int | None = Field(None, ge=1)
+    """Leave the stem and this many stages (blocks of a plain vision transformer) exactly as they are."""
+    unfreeze_at: int | None = Field(None, ge=1)
+    """Train the frozen way for this many epochs, then everything: linear probing, then fine-tuning."""
+    backbone_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the backbone (none: --lr)."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor on the learning rate from each layer of the backbone to the one before it, such as 0.75."""
+    lora: int | None = Field(None, ge=1)
+    """Rank of low-rank adapters that learn in place of a transformer backbone's own weights."""
+
+    @model_validator(mode="after")
+    def _transfer_fits(self) -> Self:
+        if self.freeze and self.freeze_stages is not None:
+            raise ValueError("--freeze leaves the whole backbone as it is, --freeze-stages a part; choose one")
+        if self.unfreeze_at is not None and not self.freeze and self.freeze_stages is None:
+            raise ValueError("--unfreeze-at ends a freeze; add --freeze or --freeze-stages")
+        for flag, given in (("--backbone-lr", self.backbone_lr), ("--layer-decay", self.layer_decay)):
+            if given is not None and self.freeze and self.unfreeze_at is None:
+                raise ValueError(f"{flag} is for a backbone that learns, which --freeze forbids; leave one of them out")
+        others = {
+            "--freeze": self.freeze,
+            "--freeze-stages": self.freeze_stages is not None,
+            "--layer-decay": self.layer_decay is not None,
+        }
+        if self.lora is not None and any(others.values()):
+            clash = next(flag for flag, given in others.items() if given)
+            raise ValueError(f"--lora decides by itself what learns in the backbone; leave {clash} out")
+        return self
 
 
 class ModelGroup(Options):
@@ -197,10 +291,7 @@ class ModelGroup(Options):
     @field_validator("decoder")
     @classmethod
     def _known_decoder(cls, value: str) -> str:
-        allowed = ("auto", *DECODERS)
-        if value not in allowed:
-            raise ValueError(f"{value!r} is not a decoder{nearest(value, allowed)}; there are {', '.join(allowed)}")
-        return value
+        return _known(value, "decoder", ("auto", *DECODERS))
 
 
 class TrainingGroup(Options):
@@ -208,6 +299,8 @@ class TrainingGroup(Options):
 
     epochs: int = Field(6, ge=1)
     """Passes over the training samples."""
+    epoch_samples: int | None = Field(None, ge=1)
+    """Samples in an epoch (none: as many as there are)."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, however many epochs that takes (none: --epochs decides)."""
     batch_size: int = Field(16, ge=1)
@@ -282,8 +375,33 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     """Everything that one run depends on."""
 
     data: DataOptions = DataOptions()
+    more_data: list[SourceOptions] = []
+    """Data sets to learn from beside `data`, fitted to the same size; in YAML alone."""
     segmentation: SegmentationOptions = SegmentationOptions()
     depth: DepthOptions = DepthOptions()
+
+    @model_validator(mode="after")
+    def _all_or_no_ratios(self) -> Self:
+        ratios = [source.ratio for source in self.sources]
+        if None in ratios and any(ratios):
+            raise ValueError("--data.ratio is relative to those of the other data sets; give it to all of them or none")
+        return self
+
+    @model_validator(mode="after")
+    def _thaws_in_time(self) -> Self:
+        if self.unfreeze_at is not None and self.max_steps is None and self.unfreeze_at >= self.epochs:
+            raise ValueError(f"--unfreeze-at {self.unfreeze_at} is not before the end, --epochs {self.epochs}")
+        return self
+
+    @property
+    def backbone_stays(self) -> bool:
+        """Whether the backbone is the same after training as before."""
+        return self.freeze and self.unfreeze_at is None
+
+    @property
+    def sources(self) -> list[SourceOptions]:
+        """The data sets, the main one first."""
+        return [self.data, *self.more_data]
 
     @model_validator(mode="after")
     def _labels_of_tasks(self) -> Self:
@@ -368,24 +486,24 @@ def dump(experiment: Experiment) -> str:
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """Say in one sentence what pydantic found, naming field, value, what is allowed and the nearest match."""
-    return "; ".join(_sentence(item, model) for item in error.errors(include_url=False))
+    items = error.errors(include_url=False)
+    # Without its code, everything a plugin defines is unknown as well; what to do about it is said once.
+    items = [item for item in items if item["loc"][:1] == ("needs_plugins",)] or items
+    return "; ".join(_sentence(item, model) for item in items)
 
 
 def _sentence(item: ErrorDetails, model: type[BaseModel]) -> str:
     path = [str(part) for part in item["loc"] if part != "[key]"]
     field = ".".join(path)
     if item["type"] == "extra_forbidden":
-        owner: Any = model
-        for part in path[:-1]:
-            owner = owner.model_fields[part].annotation
-        return f"unknown field {field!r}{nearest(path[-1], owner.model_fields)}"
+        return f"unknown field {field!r}{nearest(path[-1], _owner(model, path).model_fields)}"
     if item["type"] == "missing":
         return f"field {field!r} is required"
-    flag = "--" + field.replace("_", "-")
+    flag = field if path[:1] and path[0] in YAML_ONLY else "--" + field.replace("_", "-")
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
         # A validator of a whole group names the flags itself, and so has no field to put before them.
-        return f"{flag}: {message}" if path and "--" not in message else message
+        return f"{flag}: {message}" if path and (flag == field or "--" not in message) else message
     if item["type"] == "literal_error":
         allowed = _choices(model, path)
         return f"{flag} is {item['input']!r}{nearest(str(item['input']), allowed)}; it is one of {', '.join(allowed)}"
@@ -394,6 +512,12 @@ def _sentence(item: ErrorDetails, model: type[BaseModel]) -> str:
 
 
 def _choices(model: Any, path: list[str]) -> list[str]:
+    return [str(choice) for choice in get_args(_owner(model, path).model_fields[path[-1]].annotation)]
+
+
+def _owner(model: Any, path: list[str]) -> Any:
+    """Return the model that has the last field of a path."""
     for part in path[:-1]:
-        model = model.model_fields[part].annotation
-    return [str(choice) for choice in get_args(model.model_fields[path[-1]].annotation)]
+        # A number stands for an item of a list of models.
+        model = get_args(model)[0] if part.isdigit() else model.model_fields[part].annotation
+    return model

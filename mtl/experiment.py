@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -16,25 +16,28 @@ from torch import Tensor
 
 from mtl.build import (
     Surroundings,
+    adapt,
     build_module,
+    build_tasks,
     check_machine,
     check_monitor,
     check_schedule,
     load_samples,
     make_loader,
     make_trainer,
-    steps_in_all,
-    steps_in_epoch,
+    plan_fits,
+    target_of,
 )
 from mtl.config import Experiment, changed, dump, validate
 from mtl.data.loading import Key, Samples
+from mtl.data.sample import DataInfo
 from mtl.errors import UserError
 from mtl.files import write_whole
 from mtl.tasks.base import Panel
-from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter
+from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
-from mtl.training.pictures import Panels, draw_curves, draw_predictions
+from mtl.training.pictures import Panels, channels_last, draw_curves, draw_predictions, overlay
 from mtl.training.tracking import log_predictions, start_wandb
 from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, save_backbone
 
@@ -76,17 +79,18 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     check_machine(experiment)
     folder = resume or surroundings.folder or new_folder(experiment)
     first = surroundings.rank == 0
-    if resume:
-        load_checkpoint(resume / "last.ckpt")  # a damaged one is refused before the data is read
+    # A damaged checkpoint is refused before the data is read.
+    thawed_at = load_checkpoint(resume / "last.ckpt")["thawed_at"] if resume else None
     lightning.seed_everything(experiment.seed, verbose=False)
     training = load_samples(experiment, "train", surroundings)
     validation = load_samples(experiment, "validation", surroundings)
-    total_steps = steps_in_all(experiment, len(training))
-    check_schedule(experiment, total_steps)
-    module = build_module(experiment, training.source.info, total_steps)
+    fits = plan_fits(experiment, len(training))
+    check_schedule(experiment, min(fit.steps for fit in fits))
+    module = build_module(experiment, training.source.info, fits[0].steps)
     higher_is_better = check_monitor(experiment, module)
     if not resume:
         _prepare(module, experiment, training, surroundings)
+    adapt(module)
 
     if first:
         try:
@@ -108,29 +112,40 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     if first and experiment.logger == "wandb" and surroundings.wandb_mode != "disabled":
         wandb_logger = start_wandb(experiment, folder, surroundings.wandb_mode)
     every = experiment.validate_every
-    trainer = make_trainer(
-        experiment,
-        callbacks=_callbacks(experiment, history, best, folder),
-        logger=[history, *([wandb_logger] if wandb_logger else [])],
-        default_root_dir=folder,
-        max_epochs=-(-total_steps // steps_in_epoch(experiment, len(training))),
-        accumulate_grad_batches=experiment.accumulate,
-        gradient_clip_val=experiment.clip,
-        val_check_interval=every * experiment.accumulate if every else 1.0,
-        check_val_every_n_epoch=None if every else 1,
-    )
-    trainer.fit(
-        module,
-        make_loader(training, experiment, trainer, training=True),
-        make_loader(validation, experiment, trainer, training=False),
-        ckpt_path=folder / "last.ckpt" if resume else None,
-        weights_only=True,
-    )
+    done = (0, 0)
+    for fit in fits:
+        if thawed_at and not fit.thawed:
+            continue  # what is resumed has this fit behind it
+        epoch, step = thawed_at or done
+        if fit.thawed:
+            module.thaw(fit.steps, epoch, step)
+        last_step = None if experiment.max_steps is None else step + fit.steps
+        trainer = make_trainer(
+            experiment,
+            callbacks=_callbacks(experiment, history, best, folder, step, last_step),
+            logger=[history, *([wandb_logger] if wandb_logger else [])],
+            default_root_dir=folder,
+            max_epochs=epoch + fit.epochs,
+            accumulate_grad_batches=experiment.accumulate,
+            gradient_clip_val=experiment.clip,
+            val_check_interval=every * experiment.accumulate if every else 1.0,
+            check_val_every_n_epoch=None if every else 1,
+        )
+        count_from(trainer, epoch, step)
+        trainer.fit(
+            module,
+            make_loader(training, experiment, trainer, training=True),
+            make_loader(validation, experiment, trainer, training=False),
+            ckpt_path=folder / "last.ckpt" if resume else None,
+            weights_only=True,
+        )
+        done = (trainer.current_epoch, trainer.global_step)
+        resume = None
     module.load_state_dict(load_checkpoint(find_checkpoint(folder))["state_dict"])
-    outcome = Outcome(folder, _measure(module, validation, experiment), dict(module.constant), trainer.global_step, 0.0)
-    if trainer.is_global_zero:
+    outcome = Outcome(folder, _measure(module, validation, experiment), dict(module.constant), done[1], 0.0)
+    if first:
         _draw(module, validation, history, outcome, wandb_logger)
-        if not experiment.freeze:
+        if not experiment.backbone_stays:
             measured = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
             about = {"experiment": experiment.model_dump(mode="json"), "steps": outcome.steps, "results": measured}
             save_backbone(module.model.backbone, folder / "backbone.safetensors", about)
@@ -141,33 +156,76 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     return outcome
 
 
-def evaluate(run: Path, changes: Mapping[str, Any], surroundings: Surroundings) -> Outcome:
+def evaluate(
+    run: Path,
+    changes: Mapping[str, Any],
+    surroundings: Surroundings,
+    split: Literal["validation", "test"] = "validation",
+) -> Outcome:
     """Measure a run's best checkpoint on held-out samples.
 
     Args:
         run: The run's folder.
         changes: Fields of the run's experiment to change, nested as in YAML, such as ``{"data": {"root": ...}}``.
         surroundings: Where.
+        split: Which samples: those held out from training, or the data set's official test split.
 
     Raises:
         UserError: The run or the data cannot be used.
     """
     start = time.monotonic()
+    experiment, checkpoint = _stored(run, changes)
+    samples = load_samples(experiment, split, surroundings)
+    info, trained_on = samples.source.info, DataInfo(**checkpoint["data"])
+    segments = any(target_of(task) == "segmentation" for task in experiment.task)
+    if segments and tuple(info.classes) != tuple(trained_on.classes):
+        raise UserError(
+            f"{run} predicts the classes {', '.join(trained_on.classes)}, but {info.name} has "
+            f"{', '.join(info.classes)}; evaluate on data with the classes it was trained on"
+        )
+    if "depth" in experiment.task and info.inverse_depth != trained_on.inverse_depth:
+        raise UserError(
+            f"{run} predicts {'inverse depth' if trained_on.inverse_depth else 'metres'}, but {info.name} has "
+            f"{'inverse depth' if info.inverse_depth else 'metres'}; evaluate on data of the same kind"
+        )
+    module = _restored(experiment, checkpoint, info)
+    results = _measure(module, samples, experiment)
+    return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
+
+
+def load_run(run: Path, changes: Mapping[str, Any]) -> MultiTaskModule:
+    """Return a run's best checkpoint, ready to predict, on the experiment's device.
+
+    Args:
+        run: The run's folder.
+        changes: Fields of the run's experiment to change, such as ``{"device": "cpu"}``.
+
+    Raises:
+        UserError: The run cannot be used.
+    """
+    experiment, checkpoint = _stored(run, {"compile": False, "devices": 1, **changes})
+    module = _restored(experiment, checkpoint, DataInfo(**checkpoint["data"]))
+    device = experiment.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return module.to(device).eval()
+
+
+def _stored(run: Path, changes: Mapping[str, Any]) -> tuple[Experiment, dict[str, Any]]:
+    """Return a run's experiment with some fields changed, and its checkpoint."""
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path)
     experiment = changed(stored_experiment(checkpoint, path), changes)
     check_machine(experiment)
-    samples = load_samples(experiment, "validation", surroundings)
-    info = samples.source.info
-    if "segmentation" in experiment.task and list(info.classes) != checkpoint["classes"]:
-        raise UserError(
-            f"{run} predicts the classes {', '.join(checkpoint['classes'])}, but {info.name} has "
-            f"{', '.join(info.classes)}; evaluate on data with the classes it was trained on"
-        )
+    return experiment, checkpoint
+
+
+def _restored(experiment: Experiment, checkpoint: Mapping[str, Any], info: DataInfo) -> MultiTaskModule:
+    """Return the module that a checkpoint was made of, with its weights."""
     module = build_module(experiment, info, total_steps=0)
+    adapt(module)
     module.load_state_dict(checkpoint["state_dict"])
-    results = _measure(module, samples, experiment)
-    return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
+    return module
 
 
 def stored_experiment(checkpoint: Mapping[str, Any], path: Path) -> Experiment:
@@ -181,13 +239,55 @@ def stored_experiment(checkpoint: Mapping[str, Any], path: Path) -> Experiment:
     return validate(checkpoint["experiment"], f"{path}: ")
 
 
-def _callbacks(experiment: Experiment, history: History, best: ModelCheckpoint, folder: Path) -> list[Callback]:
-    """Return the callbacks in the order in which they act; Lightning puts the two that save last."""
+def preview(experiment: Experiment, surroundings: Surroundings, path: Path, count: int) -> None:
+    """Draw training samples as the network will see them, with their targets laid over them.
+
+    Args:
+        experiment: Whose data and augmentation.
+        surroundings: Where.
+        path: The picture to write.
+        count: How many samples, evenly spread over the set.
+
+    Raises:
+        UserError: The data cannot be used.
+    """
+    samples = load_samples(experiment, "train", surroundings)
+    rows = _spread(len(samples), count)
+    seen = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
+    samples.augment = None
+    stored = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
+    tasks = build_tasks(experiment, samples.source.info)
+    images = channels_last(seen["image"])
+    panels: Panels = {}
+    if not torch.equal(stored["image"], seen["image"]):
+        panels["as it is stored"] = Panel(channels_last(stored["image"]))
+    panels["what the network sees"] = Panel(images)
+    for task in tasks:
+        target = seen[task.target].float() if seen[task.target].is_floating_point() else seen[task.target]
+        task.observe([target])
+        title, drawn = next(iter(task.pictures(task.constant(target), target).items()))
+        panels[title] = Panel(overlay(images, drawn.images), drawn.scale)
+    draw_predictions(path, panels, next((task.class_names for task in tasks if task.class_names), ()))
+
+
+def _callbacks(
+    experiment: Experiment, history: History, best: ModelCheckpoint, folder: Path, step: int, last_step: int | None
+) -> list[Callback]:
+    """Return the callbacks of a fit in the order in which they act; Lightning puts the two that save last.
+
+    Args:
+        experiment: What to do.
+        history: The run's table.
+        best: What keeps the best checkpoint, over all fits of the training.
+        folder: The run's folder.
+        step: Optimizer steps done before the fit.
+        last_step: Number of the step to stop after, if that is not simply the last epoch's last.
+    """
     callbacks: list[Callback] = [ProgressBar()]
     if experiment.ema is not None:
-        callbacks.append(ExponentialAverage(experiment.ema))
-    if experiment.max_steps is not None:
-        callbacks.append(StopAfter(experiment.max_steps))
+        callbacks.append(ExponentialAverage(experiment.ema, step))
+    if last_step is not None:
+        callbacks.append(StopAfter(last_step))
     callbacks.append(Recorder(history))
     if experiment.patience is not None:
         callbacks.append(EarlyStopping(experiment.monitor, patience=experiment.patience, mode=best.mode))
@@ -253,14 +353,20 @@ def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, d
     Returns:
         Pictures by title, predictions and targets by task.
     """
-    rows = torch.linspace(0, len(samples) - 1, min(PICTURES, len(samples))).round().int().tolist()
+    rows = _spread(len(samples), PICTURES)
     stored = samples.__getitems__([Key(row, 0, row) for row in rows])
     module.eval()
     batch = module.on_after_batch_transfer({name: v.to(module.device) for name, v in stored.items()}, 0)
     with torch.no_grad():
         predictions = module(batch["image"])
-    panels: Panels = {"input": Panel(stored["image"].permute(0, 2, 3, 1).contiguous().numpy())}
+    panels: Panels = {"input": Panel(channels_last(stored["image"]))}
     targets = {task.name: batch[task.target] for task in module.each_task()}
     for task in module.each_task():
         panels |= task.pictures(predictions[task.name], targets[task.name])
     return panels, predictions, targets
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Return the numbers of so many samples, evenly spread over a set."""
+    rows: list[int] = torch.linspace(0, length - 1, min(count, length)).round().int().tolist()
+    return rows

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from tyro.constructors import PrimitiveConstructorSpec
 
-from mtl.config import GROUPS, Experiment
+from mtl.config import GROUPS, YAML_ONLY, Experiment
 from mtl.errors import UserError, nearest
 
 
@@ -29,6 +29,8 @@ def flags_of(model: type[BaseModel], *, prefix: bool) -> type:
     """
     fields = []
     for name, info in model.model_fields.items():
+        if name in YAML_ONLY:
+            continue
         default = partial(info.get_default, call_default_factory=True)
         fields.append((name, _annotation(info, prefix), dataclasses.field(default_factory=default)))
     flags = dataclasses.make_dataclass(model.__name__, fields)
@@ -36,8 +38,12 @@ def flags_of(model: type[BaseModel], *, prefix: bool) -> type:
     return flags
 
 
-def train_flags() -> type:
-    """Return the dataclass of all flags of a training: groups without a prefix, then the nested options."""
+def train_flags(files: type) -> type:
+    """Return the dataclass of all flags of a training: groups without a prefix, then the nested options.
+
+    Args:
+        files: A dataclass with the flags to come before them.
+    """
     groups = [(group.__name__.removesuffix("Group").lower(), flags_of(group, prefix=False)) for group in GROUPS]
     nested = [
         (name, flags_of(info.annotation, prefix=True))
@@ -45,32 +51,26 @@ def train_flags() -> type:
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
     ]
     fields = [(name, flags, dataclasses.field(default_factory=flags)) for name, flags in groups + nested]
-    return dataclasses.make_dataclass("Flags", fields, bases=(_Files,))
+    return dataclasses.make_dataclass("Flags", fields, bases=(files,))
 
 
 @dataclasses.dataclass
-class _Files:
+class Code:
+    """The flag of every command that may need a user's own code."""
+
+    plugin: Annotated[
+        list[Path],
+        tyro.conf.arg(metavar="FILE.py ...", help="Your own tasks, data sets and rules: Python files that are run."),
+    ] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Configured(Code):
+    """The flags that say where an experiment's other flags have their defaults from."""
+
     config: Annotated[
         Path | None, tyro.conf.arg(metavar="FILE", help="YAML file of the same fields; flags override it.")
     ] = None
-    resume: Annotated[
-        str | None,
-        PrimitiveConstructorSpec(
-            nargs=(0, 1),
-            metavar="[auto|RUN]",
-            instance_from_str=lambda words: words[0] if words else "auto",
-            is_instance=lambda value: value is None or isinstance(value, str),
-            str_from_instance=lambda value: [] if value is None else [value],
-        ),
-        tyro.conf.arg(
-            help="Go on with a run; auto is the one of --name, else the newest, and a new run if there is none."
-        ),
-    ] = None
-    print_config: Annotated[
-        bool,
-        tyro.conf.FlagCreatePairsOff,
-        tyro.conf.arg(help="Print the configuration that results, and stop."),
-    ] = False
 
 
 def with_values(flags: type, values: dict[str, Any]) -> Any:

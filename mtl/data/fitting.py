@@ -76,7 +76,7 @@ def _window(source: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, i
     return (source[0] - height) // 2, (source[1] - width) // 2, height, width
 
 
-def _resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Average (H, W) or (H, W, C) over target pixels when shrinking, interpolate linearly when enlarging."""
     height, width = values.shape[:2]
     if (height, width) == size:
@@ -100,7 +100,7 @@ def _fit_segmentation(classes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     most = np.zeros(size, np.float32)
     valid_share = np.zeros(size, np.float32)
     for index in present[present != IGNORE_INDEX]:
-        share = _resample((classes == index).astype(np.float32), size)
+        share = resample((classes == index).astype(np.float32), size)
         np.copyto(winner, index, where=share > most + to_win, casting="unsafe")
         np.maximum(most, share, out=most)
         valid_share += share
@@ -113,16 +113,16 @@ def _fit_depth(depth: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     valid = depth > 0
     inverse = np.zeros_like(depth)
     np.divide(1, depth, out=inverse, where=valid)
-    share = _resample(valid.astype(np.float32), size)
+    share = resample(valid.astype(np.float32), size)
     fitted = np.zeros(size, np.float32)
-    np.divide(share, _resample(inverse, size), out=fitted, where=share >= _HALF)
+    np.divide(share, resample(inverse, size), out=fitted, where=share >= _HALF)
     return fitted
 
 
 def _fit_normals(normals: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Average vectors over valid pixels and normalise; (H, W, 3) float32 to `size`."""
-    share = _resample(np.any(normals, axis=-1).astype(np.float32), size)
-    total = _resample(normals, size)
+    share = resample(np.any(normals, axis=-1).astype(np.float32), size)
+    total = resample(normals, size)
     length = np.linalg.norm(total, axis=-1)
     valid = (share >= _HALF) & (length >= _MIN_LENGTH)
     fitted = np.zeros((*size, 3), np.float32)
@@ -131,7 +131,7 @@ def _fit_normals(normals: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 _FITTERS: dict[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {
-    "image": _resample,
+    "image": resample,
     "segmentation": _fit_segmentation,
     "depth": _fit_depth,
     "normals": _fit_normals,

@@ -38,14 +38,14 @@ from mtl.data.fitting import fit
 from mtl.data.sample import TARGETS, DataInfo, Sample
 from mtl.errors import UserError, nearest
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SUFFIXES = {
-    "images": _IMAGE_SUFFIXES,
+    "images": IMAGE_SUFFIXES,
     "segmentation": (".png",),
     "depth": (".png", ".npy"),
     "normals": (".png", ".npy"),
 }
-_DATA_SUFFIXES = {*_IMAGE_SUFFIXES, ".gif", ".npy", ".npz", ".mat", ".exr", ".pfm"}
+_DATA_SUFFIXES = {*IMAGE_SUFFIXES, ".gif", ".npy", ".npz", ".mat", ".exr", ".pfm"}
 """What is surely meant as data: in a folder that does not take it, it is an error, other files are not."""
 
 
@@ -80,7 +80,7 @@ class Folder:
         _check_root(root)
         images = _files(root / "images")
         if not images:
-            raise UserError(f"{root / 'images'} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+            raise UserError(f"{root / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         labels = {target: _files(root / target) for target in TARGETS}
         self._description = _describe(root, description, needs_classes=bool(labels["segmentation"]))
         for target, files in labels.items():

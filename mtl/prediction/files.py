@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from mtl.data.folder import _IMAGE_SUFFIXES
+from mtl.data.folder import IMAGE_SUFFIXES
 from mtl.errors import UserError
 from mtl.files import write_whole
 from mtl.prediction.images import pixels
@@ -73,7 +73,7 @@ def _matches(word: str) -> list[Path]:
     path = Path(word)
     if path.is_file():
         return [path]
-    known = ", ".join(_IMAGE_SUFFIXES)
+    known = ", ".join(IMAGE_SUFFIXES)
     if path.is_dir():
         if images := _images(path.iterdir()):
             return images
@@ -87,7 +87,7 @@ def _matches(word: str) -> list[Path]:
 
 def _images(paths: Iterable[Path]) -> list[Path]:
     """Return the images among paths in natural order: 2 before 10."""
-    chosen = (p for p in paths if p.suffix.lower() in _IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file())
+    chosen = (p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file())
     return sorted(chosen, key=_natural)
 
 

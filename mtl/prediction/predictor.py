@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mtl.data.fitting import _resample
+from mtl.data.fitting import resample
 from mtl.errors import UserError
 from mtl.prediction.images import Picture, pixels
 from mtl.prediction.windows import Cover, blend, cover, resize
@@ -86,7 +86,7 @@ class Predictor:
         self.module.eval()
         array = pixels(image)
         size = (array.shape[0], array.shape[1])
-        scaled = torch.from_numpy(_resample(array, self._scaled(size))).permute(2, 0, 1)
+        scaled = torch.from_numpy(resample(array, self._scaled(size))).permute(2, 0, 1)
         height, width = scaled.shape[1:]
         window = self._window(height, width)
         rows, columns = cover(height, window[0], self.overlap), cover(width, window[1], self.overlap)

@@ -2,12 +2,13 @@
 
 import math
 import random
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
+from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -43,13 +44,14 @@ class ExponentialAverage(Callback):
 
     Args:
         decay: Decay of the average for one optimizer step.
+        start: Optimizer steps done before this fit, from which on the warm-up counts.
     """
 
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, decay: float, start: int = 0) -> None:
+        self.decay, self.start = decay, start
         self.average: ModelEmaV3 | None = None
         self._raw: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps = start
 
     @staticmethod
     def _learning(module: MultiTaskModule) -> nn.Module:
@@ -72,7 +74,7 @@ class ExponentialAverage(Callback):
         assert isinstance(pl_module, MultiTaskModule) and self.average is not None
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            self.average.update(self._learning(pl_module), step=self._steps)
+            self.average.update(self._learning(pl_module), step=self._steps - self.start)
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the average in the model's place."""
@@ -251,6 +253,16 @@ class StopAfter(Callback):
         """Tell the trainer at the last step."""
         if trainer.global_step >= self.steps:
             trainer.should_stop = True
+
+
+def count_from(trainer: lightning.Trainer, epoch: int, step: int) -> None:
+    """Let a trainer that has not begun count epochs and optimizer steps from those of an earlier fit.
+
+    Everything that depends on them (the order of samples, the draws of augmentation, what is recorded) then goes on.
+    """
+    progress = cast(ProcessedTracker, trainer.fit_loop.epoch_progress.current)
+    progress.processed = progress.completed = epoch
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
 
 
 def generator_states() -> dict[str, Any]:

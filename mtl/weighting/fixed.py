@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mtl.weighting.base import Weighting
 
 
-class FixedWeights(nn.Module):
+class FixedWeights(Weighting):
     """The same weights at every step, such as the lecture's alpha and beta.
 
     Args:
@@ -16,8 +18,7 @@ class FixedWeights(nn.Module):
     weights: Tensor
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        super().__init__()
-        self.tasks = tuple(weights)
+        super().__init__(list(weights))
         self.register_buffer("weights", torch.tensor([weights[task] for task in self.tasks]))
 
     def forward(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

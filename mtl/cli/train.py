@@ -1,0 +1,139 @@
+"""``python train.py``: train, or go on with a run."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from mtl import registry
+from mtl.cli.results import print_results
+from mtl.cli.surroundings import FOLDER, folder_of_run, rank, surroundings
+from mtl.cli.words import base_of, take_plugins
+from mtl.config import Experiment, changed, dump, load, validate
+from mtl.errors import UserError
+from mtl.flags import Configured, parse, train_flags, values_of, with_values
+
+MAY_CHANGE = {
+    "epochs", "max_steps", "patience", "device", "devices", "compile", "logger", "project", "checkpoint_every",
+    "name", "output_dir",
+}  # fmt: skip
+"""Fields that may differ when a run goes on; any other would make it another run."""
+
+
+@dataclasses.dataclass
+class _Files(Configured):
+    resume: Annotated[
+        str | None,
+        PrimitiveConstructorSpec(
+            nargs=(0, 1),
+            metavar="[auto|RUN]",
+            instance_from_str=lambda words: words[0] if words else "auto",
+            is_instance=lambda value: value is None or isinstance(value, str),
+            str_from_instance=lambda value: [] if value is None else [value],
+        ),
+        tyro.conf.arg(
+            help="Go on with a run; auto is the one of --name, else the newest, and a new run if there is none."
+        ),
+    ] = None
+    print_config: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Print the configuration that results, and stop."),
+    ] = False
+
+
+def run(words: list[str], program: str, description: str) -> None:
+    """Train, and say where everything is and what to try next."""
+    take_plugins(words)
+    flags = train_flags(_Files)
+    base = base_of(words)
+    given = _parse(flags, base, words, program, description)
+    resume = None
+    if given["resume"] is not None:
+        if given["config"] is not None:
+            raise UserError("--resume goes on with the run's own configuration; leave --config out")
+        resume = _run_to_resume(given["resume"], given["name"], Path(given["output_dir"]))
+    if resume is not None:
+        base = load(resume / "config.yaml")
+        given = _parse(flags, base, words, program, description)
+    for name in ("plugin", "config", "resume"):
+        given.pop(name)
+    print_config = given.pop("print_config")
+    experiment = validate(given | {"needs_plugins": list(registry.plugins), "more_data": base.more_data})
+    if resume is not None:
+        _check_same_run(base, experiment, resume)
+        experiment = changed(experiment, {"name": base.name, "output_dir": base.output_dir})
+    if print_config:
+        print(dump(experiment), end="")
+        return
+    here = surroundings()
+    from mtl.experiment import new_folder, train
+
+    if resume is None:
+        if rank() == 0:
+            # Lightning starts the other processes of this machine by this very command line.
+            os.environ[FOLDER] = str(new_folder(experiment))
+        here = dataclasses.replace(here, folder=folder_of_run(experiment))
+    outcome = train(experiment, here, resume)
+    if rank() > 0:
+        return
+    print_results(outcome.results, outcome.constant)
+    print(f"\n{outcome.steps} steps, {outcome.seconds:.0f} s; everything is in {outcome.folder}:")
+    backbone = "" if experiment.backbone_stays else "  backbone.safetensors"
+    print(f"  curves.png  predictions.png  metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
+    print("next, for example:")
+    for command, purpose in _suggestions(experiment, outcome.folder):
+        print(f"  {command}\n      {purpose}")
+
+
+def _parse(flags: type, base: Experiment, words: list[str], program: str, description: str) -> dict[str, Any]:
+    default = with_values(flags, base.model_dump())
+    return values_of(parse(flags, default, words, program, description))
+
+
+def _run_to_resume(word: str, name: str | None, output_dir: Path) -> Path | None:
+    """Return the folder of the run to go on with, or None if 'auto' finds none.
+
+    Raises:
+        UserError: The run named does not exist or cannot be resumed.
+    """
+    if word == "auto":
+        runs = [output_dir / name] if name else [path.parent for path in output_dir.glob("*/last.ckpt")]
+        runs = [run for run in runs if (run / "last.ckpt").is_file()]
+        newest = max(runs, key=lambda run: (run / "last.ckpt").stat().st_mtime, default=None)
+        print(f"resuming {newest}" if newest else "nothing to resume; starting a new run")
+        return newest
+    run = Path(word) if Path(word).is_dir() else output_dir / word
+    if not (run / "last.ckpt").is_file() or not (run / "config.yaml").is_file():
+        raise UserError(f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give a run's folder")
+    return run
+
+
+def _check_same_run(stored: Experiment, experiment: Experiment, run: Path) -> None:
+    before, after = stored.model_dump(mode="json"), experiment.model_dump(mode="json")
+    for name, value in after.items():
+        if value != before[name] and name not in MAY_CHANGE:
+            raise UserError(
+                f"--resume: {name.replace('_', '-')} is {value} here and {before[name]} in {run}, which would be "
+                f"another run; leave it out, or start a new run with --init {run}"
+            )
+
+
+def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
+    """Return commands worth trying next, and what each does."""
+    again = f"python train.py --config {folder / 'config.yaml'} --name {folder.name}"
+    code = "".join(f" --plugin {file}" for file in registry.plugins.values())
+    again += code
+    lines = [(f"python -m mtl predict {folder} IMAGES{code}", "predicts pictures of your own, of any size")]
+    lines.append((f"python -m mtl evaluate {folder}{code} --json metrics.json", "measures the best checkpoint again"))
+    if experiment.backbone_stays:
+        lines.append((f"{again}-tuned --no-freeze --init {folder}", "goes on from here with the whole network"))
+        lines.append((f"{again}-random --init none", "the same on a random backbone, to see what this one is worth"))
+    else:
+        lines.append((f"{again}-frozen --freeze --init {folder}", "keeps this backbone and trains the heads alone"))
+    if experiment.task in (["depth"], ["segmentation"]):
+        lines.append((f"{again}-both --task segmentation depth", "learns both tasks on one backbone"))
+    return lines

@@ -1,0 +1,48 @@
+"""What must be known of a command line before it can be parsed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtl.cli.surroundings import before_imports
+from mtl.config import Experiment, load
+
+
+def values_of_flag(words: Sequence[str], flag: str, count: int | None = None) -> list[str]:
+    """Return the words that follow a flag, up to the next flag.
+
+    Args:
+        words: The command line.
+        flag: The flag, such as ``--config``.
+        count: How many words it takes at most; None for any number.
+    """
+    for position, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            following = [value] if equals else list(words[position + 1 :])
+            end = next((i for i, w in enumerate(following) if w.startswith("-")), len(following))
+            return following[: end if count is None else min(count, end)]
+    return []
+
+
+def take_plugins(words: Sequence[str]) -> None:
+    """Read the files of users' code that the command line names, which define names that its other flags may use.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    if files := values_of_flag(words, "--plugin"):
+        before_imports()
+        from mtl.plugins import load_plugins
+
+        load_plugins([Path(file) for file in files])
+
+
+def base_of(words: Sequence[str]) -> Experiment:
+    """Return the experiment of the file that `--config` names, whose values are the flags' defaults."""
+    file = values_of_flag(words, "--config", 1)
+    return load(Path(file[0])) if file else Experiment()
+
+
+def run_of(words: Sequence[str]) -> Path | None:
+    """Return the first word that is a run's folder."""
+    return next((Path(word) for word in words if (Path(word) / "config.yaml").is_file()), None)
