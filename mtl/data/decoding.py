@@ -1,5 +1,7 @@
 """Reads single files of a folder: pictures, and labels whose values must make sense."""
 
+import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,8 +119,19 @@ def read_segmentation(path: Path, classes: int, ignore_index: int) -> np.ndarray
 
 
 def read_depth(path: Path, scale: float | None) -> np.ndarray:
-    """Decode depth (H, W) float32 in metres."""
-    if scale is None:
+    """Decode depth (H, W) float32 in metres.
+
+    Args:
+        path: The file; a scale of its own may stand in a JSON file of the same stem, as `Depth.encode` writes it.
+        scale: Metres for one unit, where the file has no scale of its own; None is a metre in .npy, a millimetre
+            otherwise.
+
+    Raises:
+        UserError: It cannot be read, or its values make no sense.
+    """
+    if (beside := path.with_suffix(".json")).is_file():
+        scale = _own_scale(beside)
+    elif scale is None:
         scale = 1.0 if path.suffix.lower() == ".npy" else 0.001
     depth = _stored(path).astype(np.float32) * np.float32(scale)
     finite = np.isfinite(depth)
@@ -139,6 +152,20 @@ def read_depth(path: Path, scale: float | None) -> np.ndarray:
             f"{scale:g}: state the 'depth_scale' that turns stored values into metres"
         )
     return depth
+
+
+def _own_scale(path: Path) -> float:
+    """Return the metres for one unit of the depth map beside a JSON file."""
+    try:
+        scale = float(json.loads(path.read_text())["metres_per_unit"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not say {{'metres_per_unit': NUMBER}}, as a JSON file beside a depth map must; remove it, if "
+            "it has nothing to do with it"
+        ) from error
+    if not 0 < scale < math.inf:
+        raise UserError(f"{path} has {scale} metres_per_unit, which must be positive and finite")
+    return scale
 
 
 def read_normals(path: Path) -> np.ndarray:

@@ -169,6 +169,18 @@ def test_depth_formats_and_scale(root: Path) -> None:
     np.testing.assert_allclose(read(root)["b"]["depth"], 0.002 * metres, atol=1e-6)
 
 
+def test_a_depth_map_may_say_its_own_scale(root: Path) -> None:
+    """As predictions beyond 65.5 m are written; what does not say one is refused."""
+    beside = root / "depth" / "a.json"
+    beside.write_text('{"metres_per_unit": 0.004}')
+    sample = read(root)
+    assert np.allclose(sample["a"]["depth"], 8.0) and np.allclose(sample["b"]["depth"], 2.0)
+    for wrong in ('{"inverse_depth_per_unit": 0.1}', "{", '{"metres_per_unit": -1}', "[]"):
+        beside.write_text(wrong)
+        with pytest.raises(UserError, match=r"a\.json.*metres_per_unit"):
+            read(root)
+
+
 def test_normals_formats_and_missing_vectors(root: Path) -> None:
     rng = np.random.default_rng(0)
     unit = rng.normal(size=(*SIZE, 3)) - (0, 0, 3)
