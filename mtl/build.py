@@ -139,7 +139,7 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
         for options, part in zip(experiment.sources, source.parts, strict=True):
             if not any(index in part for index in usable):
                 raise UserError(
-                    f"no training sample of the data set {options.name!r} has a label for {', '.join(experiment.task)}; "
+                    f"no training sample of the data set {options.name!r} has labels for {', '.join(experiment.task)}; "
                     "leave it out of more_data, or change --task"
                 )
     in_memory = bytes_in_memory(data.size, set(targets.values()), len(usable)) <= data.cache_gb * 1e9

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from mtl.config import DECODERS
 from mtl.errors import UserError, nearest
-from mtl.models.backbone import Backbone, Pyramid
+from mtl.models.backbone import Backbone, Pyramid, dpt_stride
 
 
 class Decoder(NamedTuple):
@@ -61,7 +61,7 @@ _DECODERS: dict[str, Decoder] = {
     "dpt": Decoder(
         lambda b, w: DPTDecoder(
             b.channels,
-            encoder_output_strides=b.strides,
+            encoder_output_strides=[dpt_stride(stride) for stride in b.strides],
             encoder_has_prefix_tokens=b.encoder.has_prefix_tokens,
             intermediate_channels=(w, 2 * w, 4 * w, 4 * w),
             fusion_channels=w,
@@ -91,11 +91,6 @@ def resolve_decoder(decoder: str, backbone: Backbone) -> str:
         kind, way = plain if backbone.plain else pyramid
         raise UserError(
             f"--decoder {decoder} does not fit {backbone.name!r}, which gives {kind}; use --decoder {way} or auto"
-        )
-    if backbone.plain and 32 % backbone.strides[0]:
-        raise UserError(
-            f"--backbone: {backbone.name!r} has patches of {backbone.strides[0]} pixels, which the dpt decoder cannot "
-            "turn into maps of strides 4 to 32; choose one with patches of 8, 16 or 32"
         )
     return decoder
 

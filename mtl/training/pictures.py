@@ -22,7 +22,7 @@ from mtl.training.history import History
 Panels = dict[str, Panel]
 """Pictures by title, all of the same samples, side by side."""
 
-_PAGE_SHAPE = 1.5
+_PAGE_SHAPE = 2.4
 """Width over height that a page of one sample comes near to."""
 
 _AREA, _WIDEST, _HIGHEST, _THINNEST = 6.0, 8.0, 5.0, 0.1
