@@ -7,5 +7,8 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that under its name there is only ever a whole one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import tyro
 from mtl.cli.evaluate import Run, check_run
 from mtl.cli.surroundings import surroundings
 from mtl.cli.words import run_of, take_plugins
+from mtl.config import changed, load
 from mtl.errors import UserError, nearest
 from mtl.flags import parse
 
@@ -44,6 +45,7 @@ def run(words: list[str], program: str, description: str) -> None:
         raise UserError(f"--overlap {flags.overlap} is the share of a window, from 0 to less than 1")
     if flags.batch_size < 1:
         raise UserError(f"--batch-size {flags.batch_size} must be at least 1")
+    changed(load(flags.run / "config.yaml"), {"device": flags.device})  # refuses a wrong value at once
     surroundings()
     from mtl.experiment import load_run
     from mtl.prediction.files import find_images, predict_files
