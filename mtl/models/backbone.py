@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
 import timm
@@ -12,6 +12,7 @@ from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
 from torch import Tensor, nn
 
 from mtl.errors import UserError, nearest
+from mtl.transfer.layers import find_stages
 
 
 class Pyramid(NamedTuple):
@@ -46,6 +47,9 @@ class Backbone(nn.Module):
         plain: Whether this is a plain vision transformer (all maps of one size).
         stride: Multiple that height and width of an input must be of.
         size_arguments: What timm was told of the input's size.
+        size: Height and width of the input that the encoder was built with.
+        frozen: Whether the whole backbone is inert.
+        frozen_stages: Number of stages that are inert, with the stem, where not the whole backbone is.
 
     Raises:
         UserError: There is no such model, it cannot take this size or this stride, or it has no feature maps a
@@ -60,6 +64,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = name
         self.frozen = False
+        self.frozen_stages = 0
+        self._inert: list[nn.Module] = []
         reductions = _reductions(name)
         self.plain = len(set(reductions)) == 1
         if not self.plain and reductions not in [[2**level for level in range(first, 6)] for first in range(3)]:
@@ -72,9 +78,11 @@ class Backbone(nn.Module):
                 f"--backbone: timm cannot give {name!r} an output stride of {output_stride}, with dilation in place of "
                 "strides, which --decoder deeplabv3plus needs; choose another backbone or decoder"
             )
-        # From a plain transformer's one grid, the dpt decoder makes maps down to a stride of 32.
-        self.stride = math.lcm(32, *reductions) if self.plain else min(max(reductions), output_stride)
+        # Of a plain transformer's one grid, the dpt decoder makes maps down to one of twice its stride, at least.
+        patch = reductions[0]
+        self.stride = max(32, patch) * patch // dpt_stride(patch) if self.plain else min(max(reductions), output_stride)
         height, width = (-(-side // self.stride) * self.stride for side in size)
+        self.size = (height, width)
         self.size_arguments = _size_arguments(name, (height, width), self.plain)
         config = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
@@ -99,8 +107,10 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> Pyramid:
         """Compute the pyramid of images (B, 3, H, W) in [0, 1], H and W multiples of `stride`.
 
-        A frozen backbone builds no graph.
+        What is frozen builds no graph.
         """
+        if self.frozen_stages:
+            image = image.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.encoder((image - self.mean) / self.std)
         return Pyramid(*features) if self.plain else Pyramid(features, [])
@@ -131,26 +141,76 @@ class Backbone(nn.Module):
                     f"{'x'.join(map(str, expected))}; choose another backbone"
                 )
 
-    def freeze(self) -> None:
+    def freeze(self, stages: int | None = None) -> None:
         """Make the backbone inert: no gradient, no graph, and evaluation mode whatever `train` is told.
 
         Evaluation mode is what keeps the statistics of normalisation layers fixed and dropout and drop-path off.
+
+        Args:
+            stages: Freeze the stem and this many of timm's stages, in plain vision transformers blocks; None freezes
+                everything.
+
+        Raises:
+            UserError: There are no such stages, or timm does not say which there are.
         """
-        self.frozen = True
-        self.requires_grad_(False)
-        self.eval()
+        if stages is None:
+            self.frozen = True
+            self.requires_grad_(False)
+            self.eval()
+            return
+        total, tensors, modules = find_stages(self.name, self.encoder)
+        if not 1 <= stages < total:
+            raise UserError(
+                f"--freeze-stages {stages}: {self.name} has {total} {'blocks' if self.plain else 'stages'}; "
+                f"give 1 to {total - 1}, or --freeze for the whole backbone"
+            )
+        self.frozen_stages = stages
+        for name, parameter in self.encoder.named_parameters():
+            if tensors[name] <= stages:
+                parameter.requires_grad_(False)
+        self.keep_in_evaluation(self.encoder.get_submodule(n) for n, stage in modules.items() if stage <= stages)
+
+    def thaw(self) -> None:
+        """Undo `freeze`: everything learns, from the next call of `train` on."""
+        self.frozen, self.frozen_stages, self._inert = False, 0, []
+        self.requires_grad_(True)
+
+    def keep_in_evaluation(self, modules: Iterable[nn.Module]) -> None:
+        """Hold some of the backbone's modules in evaluation mode, whatever `train` is told."""
+        self._inert = list(modules)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, unless frozen."""
-        return super().train(mode and not self.frozen)
+        """Set training mode, except for what is frozen."""
+        super().train(mode and not self.frozen)
+        for module in self._inert:
+            module.eval()
+        return self
 
-    def fingerprint(self) -> str:
-        """Return a hash of every parameter and buffer, to show that none has changed."""
+    def fingerprint(self, stages: int | None = None) -> str:
+        """Return a hash of every parameter and buffer, to show that none has changed.
+
+        Args:
+            stages: Only of the normalisation, the stem and this many stages; None is everything.
+        """
+        state = self.state_dict()
+        if stages is not None:
+            inside = find_stages(self.name, self.encoder).tensors
+            state = {n: v for n, v in state.items() if inside.get(n.removeprefix("encoder."), 0) <= stages}
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(state.items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def dpt_stride(patch: int) -> int:
+    """Return the stride that the dpt decoder is to take a plain transformer's patch for.
+
+    It makes maps of strides 4 to 32 by powers of two, which patches of 14 pixels are not; taken for 16, theirs have
+    strides of 3.5 to 28, and the head's last upsampling brings what comes of them to the image's size all the same.
+    """
+    return patch if patch & (patch - 1) == 0 else 16
 
 
 _FAILURES = (RuntimeError, NotImplementedError, AttributeError, TypeError, AssertionError, ValueError, IndexError)

@@ -1,7 +1,8 @@
 """What Lightning trains: the model, its tasks, and how their losses become one."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import lightning
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from mtl.config import Experiment
-from mtl.data.sample import Batch
+from mtl.data.sample import Batch, DataInfo
 from mtl.models.multitask import MultiTaskModel
 from mtl.tasks.base import Task
-from mtl.weighting.fixed import FixedWeights
+from mtl.transfer.groups import parameter_groups
+from mtl.weighting.base import Weighting
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -33,10 +35,11 @@ class MultiTaskModule(lightning.LightningModule):
         tasks: The tasks, in the order in which they are reported.
         weighting: From losses to weights.
         options: Optimizer, schedule and the like; all of it is stored in checkpoints.
-        total_steps: Optimizer steps of the whole training, for the schedule.
-        classes: Names of the data's classes, stored in checkpoints.
+        total_steps: Optimizer steps of the fit, for the schedule.
+        info: What is known of the data, stored in checkpoints.
 
     Attributes:
+        thawed_at: Epochs and optimizer steps done when the backbone thawed, or None.
         terms: The last step's raw losses and weights, by task, and their weighted sum, detached.
         results: The last validation's metrics by full name.
         constant: The same metrics of each task's constant prediction, once a validation has seen its labels.
@@ -46,10 +49,10 @@ class MultiTaskModule(lightning.LightningModule):
         self,
         model: MultiTaskModel,
         tasks: Iterable[Task],
-        weighting: FixedWeights,
+        weighting: Weighting,
         options: Experiment,
         total_steps: int,
-        classes: Sequence[str] = (),
+        info: DataInfo,
     ) -> None:
         super().__init__()
         self.model = model
@@ -57,12 +60,26 @@ class MultiTaskModule(lightning.LightningModule):
         self.weighting = weighting
         self.options = options
         self.total_steps = total_steps
-        self.classes = list(classes)
+        self.info = info
+        self.thawed_at: tuple[int, int] | None = None
         self.measured = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.baseline = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.terms: dict[str, Tensor] = {}
         self.results: dict[str, float] = {}
         self.constant: dict[str, float] = {}
+
+    def thaw(self, total_steps: int, epoch: int, step: int) -> None:
+        """Let the whole backbone learn, in a fit that is about to begin.
+
+        Args:
+            total_steps: Optimizer steps of that fit.
+            epoch: Epochs done before.
+            step: Optimizer steps done before.
+        """
+        self.model.backbone.thaw()
+        self.model.train()
+        self.total_steps = total_steps
+        self.thawed_at = (epoch, step)
 
     def each_task(self) -> Iterable[Task]:
         """Yield the tasks in order."""
@@ -133,7 +150,8 @@ class MultiTaskModule(lightning.LightningModule):
             kwargs["momentum"] = 0.9 if options.momentum is None else options.momentum
         elif options.optimizer == "rmsprop":
             kwargs["momentum"] = options.momentum or 0.0
-        optimizer = _OPTIMIZERS[options.optimizer](parameter_groups(self, options.weight_decay), **kwargs)
+        groups = parameter_groups(self, options.weight_decay, options.lr, options.backbone_lr, options.layer_decay)
+        optimizer = _OPTIMIZERS[options.optimizer](groups, **kwargs)
         scale = schedule(options.schedule, self.total_steps, options.warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -141,7 +159,8 @@ class MultiTaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what was trained, and keep what only the first validation measures."""
         checkpoint["experiment"] = self.options.model_dump(mode="json")
-        checkpoint["classes"] = self.classes
+        checkpoint["data"] = dataclasses.asdict(self.info)
+        checkpoint["thawed_at"] = self.thawed_at
         checkpoint["constant"] = self.constant
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -168,15 +187,6 @@ def gain(tasks: Iterable[Task], results: Mapping[str, float], constant: Mapping[
         if math.isfinite(share):
             shares.append(share)
     return sum(shares) / len(shares) if shares else math.nan
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return what an optimizer is to hold: the parameters that learn; norms and biases without decay."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in learning if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
-    ]
 
 
 def schedule(kind: str, total_steps: int, warmup: int | None) -> Callable[[int], float]:

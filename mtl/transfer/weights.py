@@ -4,7 +4,7 @@ import importlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.models.backbone import Backbone
 from mtl.models.multitask import MultiTaskModel
+from mtl.transfer.layers import full_model, timm_name
+from mtl.transfer.lora import merge, merged_state
 
 SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights" / f"{SHIPPED_BACKBONE}.safetensors"
 """The weights that come with the package."""
@@ -151,15 +153,18 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def save_backbone(backbone: Backbone, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a backbone's weights in 16 bits under timm's own names, with its normalisation and where it came from.
 
+    Adapters are merged into the weights that they are beside.
+
     Args:
         backbone: The backbone.
         path: A file ending in .safetensors.
         provenance: What made it, as JSON can hold it.
     """
-    names = timm_names(backbone)
+    merged = merged_state(backbone)
+    names = timm_names(backbone, merged)
     state = {
         names[own]: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for own, value in backbone.encoder.state_dict().items()
+        for own, value in merged.items()
     }
     about = {
         "backbone": backbone.name,
@@ -194,34 +199,29 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def timm_names(backbone: Backbone) -> dict[str, str]:
-    """Return timm's own name for each tensor of a backbone's encoder.
+def timm_names(backbone: Backbone, own: Iterable[str]) -> dict[str, str]:
+    """Return timm's own name for each of a backbone's tensors, given their names in the encoder.
 
-    A features-only encoder renames some (``stages_0.`` for ``stages.0.``, a prefix ``model.``) and drops the
-    layers behind the last map.
+    Raises:
+        UserError: timm's own model has no such tensor.
     """
-    with torch.device("meta"):
-        full = timm.create_model(backbone.name, pretrained=False).state_dict()
+    known = full_model(backbone.name).state_dict().keys()
     names = {}
-    for own in backbone.encoder.state_dict():
-        inner = own.removeprefix("model.")
-        dotted = re.sub(r"^([a-zA-Z]+)_(\d+)\.", r"\1.\2.", inner)
-        twice = re.sub(r"^([a-zA-Z]+)_(\d+)_(\d+)\.", r"\1.\2.\3.", inner)
-        candidates = [inner, dotted, twice, inner.removeprefix("model.")]
-        match = next((name for name in candidates if name in full), None)
+    for tensor in own:
+        match = timm_name(tensor, known)
         if match is None:
-            raise UserError(f"{backbone.name}: timm's own model has no tensor for {inner!r}; use --init none")
-        names[own] = match
+            raise UserError(f"{backbone.name}: timm's own model has no tensor for {tensor!r}; use --init none")
+        names[tensor] = match
     return names
 
 
 def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> Report:
     """Load a state dict that carries timm's own names."""
-    names = timm_names(backbone)
     wanted = backbone.encoder.state_dict()
-    if any(timm_name in state and state[timm_name].shape != wanted[own].shape for own, timm_name in names.items()):
+    names = timm_names(backbone, wanted)
+    if any(n in state and state[n].shape != wanted[own].shape for own, n in names.items()):
         state = _fit_shapes(backbone, state, report)
-    missing = [timm_name for timm_name in names.values() if timm_name not in state]
+    missing = [n for n in names.values() if n not in state]
     wrong = [n for own, n in names.items() if n in state and state[n].shape != wanted[own].shape]
     if missing or wrong:
         what = (
@@ -230,7 +230,7 @@ def _load_timm(backbone: Backbone, state: dict[str, Tensor], report: Report) -> 
             else (f"{len(wrong)} of {len(names)} tensors have another shape ({_some(wrong)})")
         )
         raise UserError(f"{report.source} does not fit backbone {backbone.name}: {what}; give weights of that model")
-    backbone.encoder.load_state_dict({own: state[timm_name].float() for own, timm_name in names.items()})
+    backbone.encoder.load_state_dict({own: state[n].float() for own, n in names.items()})
     report.loaded = len(names)
     report.left_out = sorted(set(state) - set(names.values()))
     return report
@@ -251,9 +251,9 @@ def _fit_shapes(backbone: Backbone, state: dict[str, Tensor], report: Report) ->
 
 
 def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report) -> Report:
-    """Load a checkpoint of this package: the backbone, and the heads of tasks that both have."""
+    """Load a checkpoint of this package: the backbone, its adapters merged, and the heads of tasks that both have."""
     prefix = "model.backbone."
-    backbone = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    backbone = merge({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
     wanted = model.backbone.state_dict()
     misfits = [n for n in wanted if n not in backbone or backbone[n].shape != wanted[n].shape]
     if misfits:

@@ -1,5 +1,7 @@
 """Backbones against timm's own features, and frozen ones against everything that might move them."""
 
+import copy
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -221,6 +223,129 @@ def test_the_same_backbone_moves_when_it_is_not_frozen() -> None:
     assert any(name.endswith("running_mean") for name in moved)
     assert backbone.fingerprint() != fingerprint
     assert draws_in_training(backbone)
+
+
+# Partly frozen
+
+
+PARTLY: dict[str, tuple[int, str]] = {
+    "resnet18": (2, r"model\.(conv1|bn1|layer1|layer2)\."),
+    "mobilenetv4_conv_small": (2, r"model\.(conv_stem|bn1|blocks\.[01])\."),
+    "convnext_atto": (1, r"model\.(stem_[01]|stages_0)\."),
+    "efficientnet_b0": (3, r"model\.(conv_stem|bn1|blocks\.[012])\."),
+    "regnetx_002": (3, r"model\.(stem|s1|s2|s3)\."),
+    "swin_tiny_patch4_window7_224": (2, r"model\.(patch_embed|layers_0|layers_1)\."),
+    "maxvit_rmlp_pico_rw_256": (1, r"model\.(stem|stages_0)\."),
+    "mobilevit_xxs": (2, r"model\.(stem|stages_0|stages_1)\."),
+    "hiera_tiny_224": (3, r"model\.model\.(pos_embed$|patch_embed\.|blocks\.[012]\.)"),
+    "pvt_v2_b0": (1, r"model\.(patch_embed|stages_0)\."),
+    "vit_tiny_patch16_224": (3, r"model\.(cls_token$|pos_embed$|patch_embed\.|blocks\.[012]\.)"),
+    "vit_wee_patch16_reg1_gap_256": (4, r"model\.(reg_token$|pos_embed$|patch_embed\.|blocks\.[0123]\.)"),
+}
+"""By name how many stages to freeze, and a pattern, by hand, of what that is."""
+
+
+def make_partly_frozen(name: str) -> tuple[Backbone, set[str]]:
+    """Return a backbone with dropout wherever it can be, some stages of it frozen, and the names of what is."""
+    stages, pattern = PARTLY[name]
+    own = timm.get_pretrained_cfg(name).input_size[1:]
+    backbone = Backbone(name, own if name.startswith(("hiera", "maxvit")) else (64, 64))
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.3
+    backbone.freeze(stages)
+    return backbone, {n for n in backbone.encoder.state_dict() if re.match(pattern, n)}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_frozen_stages_are_inert_and_the_others_learn(name: str) -> None:
+    backbone, frozen = make_partly_frozen(name)
+    stages, _ = PARTLY[name]
+    fingerprint = backbone.fingerprint(stages), backbone.fingerprint()
+    before = {n: t.clone() for n, t in backbone.encoder.state_dict().items()}
+    parameters = dict(backbone.encoder.named_parameters())
+    assert {n for n, p in parameters.items() if not p.requires_grad} == frozen & parameters.keys()
+    assert not backbone.frozen
+
+    image = torch.rand(2, 3, *backbone.size, requires_grad=True)
+    backbone.eval().train()
+    maps = [m for m in backbone(image).maps if m.numel()]
+    built = [m.requires_grad for m in maps]
+    assert any(built) and not all(built), "some maps come from frozen stages alone, some do not"
+    sum(m.square().mean() for m in maps if m.requires_grad).backward()
+    assert image.grad is None
+    assert all(p.grad is None for n, p in parameters.items() if n in frozen)
+    learning = {n for n, p in parameters.items() if p.grad is not None}
+    assert learning == parameters.keys() - frozen
+    with torch.no_grad():
+        for n in learning:
+            parameters[n].sub_(0.1 * parameters[n].grad).mul_(1.01).add_(0.001)
+
+    again = [m for m in backbone(image.detach()).maps if m.numel()]
+    for features, later, has_graph in zip(maps, again, built, strict=True):
+        # Neither a step nor chance changes what has no graph: that shows that nothing else was left without one.
+        assert torch.equal(features, later) != has_graph
+    changed = {n for n, t in backbone.encoder.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed >= learning and not changed & frozen
+    assert backbone.fingerprint(stages) == fingerprint[0]
+    assert backbone.fingerprint() != fingerprint[1]
+
+
+def test_freezing_counts_stages_from_the_stem_on() -> None:
+    """And each further stage leaves one map more without a graph."""
+    bare = {}
+    for stages in (1, 2, 3):
+        backbone = Backbone("resnet18", (64, 64))
+        backbone.freeze(stages)
+        bare[stages] = [m.requires_grad for m in backbone(torch.rand(2, 3, 64, 64)).maps]
+    assert bare == {n: [False] * (2 + n) + [True] * (4 - n) for n in (1, 2, 3)}
+
+
+def test_what_lies_between_stages_is_in_evaluation_mode() -> None:
+    backbone = Backbone(PLAIN, (64, 64))
+    backbone.freeze(2)
+    outer = copy.deepcopy(nn.Sequential(backbone)).train()  # a copy, as averages of weights are made on
+    model = outer[0].encoder.model
+    assert (model.pos_drop.training, model.patch_embed.training, model.norm_pre.training) == (False, False, False)
+    assert [block.training for block in model.blocks] == [False] * 2 + [True] * 10
+    assert [block.attn.proj_drop.training for block in model.blocks] == [False] * 2 + [True] * 10
+
+
+@pytest.mark.parametrize("stages", [None, 3])
+def test_a_thawed_backbone_learns_as_a_whole(stages: int | None) -> None:
+    backbone = Backbone("mobilenetv4_conv_small", (64, 64))
+    backbone.freeze(stages)
+    backbone.thaw()
+    before = {n: t.clone() for n, t in backbone.state_dict().items()}
+    maps = backbone.train()(torch.rand(2, 3, 64, 64)).maps
+    sum(m.square().mean() for m in maps if m.numel() and m.requires_grad).backward()
+    assert all(module.training for module in backbone.modules())
+    assert all(p.grad is not None for p in backbone.parameters())
+    assert {n for n in before if "running_" in n} <= changed(backbone, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "fragments"),
+    [
+        ("resnet18", 4, ["--freeze-stages 4", "resnet18 has 4 stages", "give 1 to 3", "--freeze for the whole"]),
+        ("resnet18", 0, ["--freeze-stages 0", "give 1 to 3"]),
+        (PLAIN, 13, ["--freeze-stages 13", "has 12 blocks", "give 1 to 11"]),
+        ("poolformer_s12", 1, ["poolformer_s12", "does not say which stages", "leave out --freeze-stages"]),
+    ],
+)
+def test_stages_that_are_not_there_are_a_sentence(name: str, stages: int, fragments: list[str]) -> None:
+    backbone = Backbone(name, (64, 64))
+    with pytest.raises(UserError) as caught:
+        backbone.freeze(stages)
+    message = str(caught.value)
+    assert all(fragment in message for fragment in fragments), message
+    assert "\n" not in message
+    assert all(p.requires_grad for p in backbone.parameters()) and backbone.frozen_stages == 0
+
+
+# Fingerprint and normalisation
 
 
 def test_the_fingerprint_sees_one_element_of_any_tensor() -> None:
