@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mtl.errors import UserError
@@ -34,8 +35,11 @@ FAMILIES: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
 
 
 def make(name: str) -> Backbone:
-    """Return a backbone in which every weight matters, in evaluation mode and with dropout nowhere."""
+    """Return a backbone in which every weight matters to every image, in evaluation mode."""
     backbone = Backbone(name, (224, 224) if name == "hiera_tiny_224" else (64, 64)).eval()
+    for module in backbone.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
     with torch.no_grad():
         for parameter in backbone.parameters():
             if parameter.dim() == 1:  # some norms and scales of residual branches begin at zero
