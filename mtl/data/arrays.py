@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mtl.data.caching import digest, stamp
 from mtl.data.decoding import reason
 from mtl.data.sample import IGNORE_INDEX, Sample
 from mtl.errors import UserError
@@ -49,6 +50,10 @@ class Stored(Protocol):
 
     def labelled(self, target: str) -> Sequence[bool]:
         """Return which pictures have this target."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the files and with how they are read."""
         ...
 
     def read(self, indices: Iterable[int], targets: Iterable[str]) -> list[Sample]:
@@ -104,6 +109,10 @@ class Arrays:
     def labelled(self, target: str) -> list[bool]:
         """Return which samples have an array of this target."""
         return [target in sample for sample in self._samples]
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the files and with how they are read."""
+        return digest(self._classes, stamp(path for sample in self._samples for path in sample.values()))
 
     def read(self, indices: Iterable[int], targets: Iterable[str]) -> list[Sample]:
         """Read samples in their own size.

@@ -37,6 +37,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from mtl.data.arrays import Arrays, Stored
+from mtl.data.caching import digest, stamp
 from mtl.data.decoding import LABEL_SIZES, image_size, read_depth, read_image, read_segmentation, reason
 from mtl.data.fitting import fit
 from mtl.data.sample import IGNORE_INDEX, TARGETS, DataInfo, Sample
@@ -143,6 +144,10 @@ class Cityscapes:
         """Return a boolean array (N,): which samples have this target."""
         return np.array(self._stored.labelled(target), dtype=bool)
 
+    def fingerprint(self) -> str:
+        """Return a text that changes with the files, the classes and the size."""
+        return digest(self._size, self._stored.fingerprint())
+
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
         """Read samples and fit them to size.
 
@@ -209,6 +214,10 @@ class _Official:
     def labelled(self, target: str) -> list[bool]:
         """Return which pictures have this target."""
         return [target in files for files in self._samples]
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the files and with how they are read."""
+        return digest(self._classes.tolist(), stamp(path for files in self._samples for path in files.values()))
 
     def read(self, indices: Iterable[int], targets: Iterable[str]) -> list[Sample]:
         """Read pictures."""

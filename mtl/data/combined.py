@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise, zip_longest
 
 import numpy as np
 
+from mtl.data.caching import Fingerprinted, digest
 from mtl.data.sample import TARGETS, DataInfo, Sample, Source
 from mtl.errors import UserError, nearest
 
@@ -66,6 +67,11 @@ class Combined:
                 for source, used in zip(self._sources, self._used, strict=True)
             ]
         )
+
+    def fingerprint(self) -> str | None:
+        """Return a text that changes with any of the sets, or None where one of them cannot tell."""
+        known = [source.fingerprint() if isinstance(source, Fingerprinted) else None for source in self._sources]
+        return None if None in known else digest(known, self._used)
 
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
         """Read samples, asking each set once, and return them in the order of the indices."""

@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 
+from mtl.data.caching import digest, stamp
 from mtl.data.decoding import (
     LABEL_SIZES,
     image_size,
@@ -117,6 +118,11 @@ class Folder:
     def labelled(self, target: str) -> np.ndarray:
         """Return a boolean array (N,): which samples have a file of this target."""
         return np.array([stem in self._labels.get(target, {}) for stem in self._stems], dtype=bool)
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the files, the description and the size."""
+        files = [path for files in (self._images, *self._labels.values()) for path in files.values()]
+        return digest(self._stems, self._size, self._description.model_dump_json(), stamp(files))
 
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
         """Decode samples, cut off the border and fit them to size.

@@ -2,14 +2,18 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mtl.data.caching import Cache, Fingerprinted, Mapped, digest, gather, write
 from mtl.data.sample import TARGETS, Batch, Sample, Source
 from mtl.errors import UserError
 
@@ -130,18 +134,24 @@ class Batches(Sampler[list[Key]]):
 
 
 class Samples(Dataset[Batch]):
-    """A data set's samples as batches of tensors.
+    """A data set's samples as batches of tensors, in the types of storage.
+
+    Each batch also has the samples' `intrinsics` (B, 3, 3), zero where a camera is unknown, and `draw` (B, 2), int64:
+    the epoch and the position in it of each sample, -1 for one that only fills a batch up.
+
+    Where the samples are kept (see `keep` and `mtl.data.caching`) makes no difference to a batch but the device it is
+    on. Nothing is kept at first.
 
     Args:
         source: The data set.
         indices: Which of its samples to use.
         targets: Which labels to load; a label that a sample lacks becomes a target without a valid pixel.
         hidden: For each target, the samples (by index in the source) whose label is not to be used.
-        augment: A random change of each sample, or None.
+        augment: A random change of each sample, or None. It needs samples in the host's memory.
         seed: Seed of the augmentation's draws.
-        in_memory: Whether to read every sample once and keep it, images and classes as uint8, depth and
-            normals as float16.
-        progress: Called with the numbers of samples read and to be read.
+
+    Attributes:
+        stored: All samples, where they are kept.
     """
 
     def __init__(
@@ -153,72 +163,136 @@ class Samples(Dataset[Batch]):
         hidden: dict[str, frozenset[int]] | None = None,
         augment: Augment | None = None,
         seed: int = 0,
-        in_memory: bool = True,
+        in_memory: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.source, self.indices, self.targets = source, list(indices), tuple(targets)
         self.hidden, self.augment, self.seed = hidden or {}, augment, seed
-        self.stored: Batch | None = self._read_all(progress) if in_memory else None
+        self.stored: Batch | None = None
+        if in_memory:
+            self.keep("memory", progress=progress)
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are."""
+        return torch.device("cpu") if self.stored is None else self.stored["image"].device
+
+    def keep(
+        self,
+        cache: Cache,
+        *,
+        device: torch.device | None = None,
+        folder: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Decode every sample once and keep what came of it.
+
+        Args:
+            cache: Where; 'none' keeps nothing.
+            device: Where 'device' is; None is the processor.
+            folder: Where 'disk' has its files.
+            progress: Called with the numbers of samples decoded and to be decoded.
+
+        Raises:
+            UserError: The samples cannot be read, or not be kept there.
+        """
+        if cache == "none":
+            self.stored = None
+        elif cache == "disk":
+            self.stored = self._on_disk(folder, progress)
+        else:
+            place = device if cache == "device" else None
+            self.stored = gather(self._decode_all(progress), len(self), place)
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return a batch: what a loader asks for in one call."""
-        rows = [key.row for key in keys]
+        # One small copy to the device, and nothing waits for it.
+        places = torch.tensor(keys).to(self.device, non_blocking=True)
         if self.stored is not None:
-            batch = {name: values[rows] for name, values in self.stored.items()}
+            batch = {name: values.index_select(0, places[:, 0]) for name, values in self.stored.items()}
         else:
-            batch = collate(self._read(rows), self.targets)
+            batch = self._decode([key.row for key in keys])
         if self.augment is not None:
             samples = [_unbatch({name: values[row] for name, values in batch.items()}) for row in range(len(keys))]
             for row, key in enumerate(keys):
                 generator = np.random.default_rng([self.seed, key.epoch, max(key.position, 0)])
                 samples[row] = self.augment(samples[row], generator)
-            batch = collate(samples, self.targets)
+            batch = _to_storage(collate(samples, self.targets))
         for row, key in enumerate(keys):
             if key.position < 0:
                 for target in self.targets:
                     batch[target][row] = TARGETS[target].invalid
+        batch["draw"] = places[:, 1:].contiguous()
         return batch
 
     def labels(self, target: str, limit: int = 512) -> Iterator[torch.Tensor]:
-        """Yield the stored labels of a target in chunks, without augmentation.
+        """Yield labels of a target in chunks, in the host's memory and without augmentation.
 
         Args:
             target: The target's key.
-            limit: How many samples to read at most where they are not in memory, spread evenly.
+            limit: How many of the samples that have one to read at most, spread evenly.
         """
-        if self.stored is not None:
-            yield from torch.split(self.stored[target], 64)
-            return
-        rows = np.linspace(0, len(self) - 1, min(limit, len(self))).round().astype(int)
-        for chunk in np.array_split(rows, max(1, len(rows) // 16)):
-            yield collate(self._read(chunk.tolist()), self.targets)[target]
+        labelled, hidden = self.source.labelled(target), self.hidden.get(target, frozenset())
+        having = [row for row, index in enumerate(self.indices) if labelled[index] and index not in hidden]
+        spread = np.linspace(0, len(having) - 1, min(limit, len(having))).round().astype(int)
+        rows = [having[number] for number in spread]
+        for chunk in (rows[start : start + 16] for start in range(0, len(rows), 16)):
+            if self.stored is not None:
+                yield self.stored[target][chunk].cpu()
+            else:
+                yield self._decode(chunk)[target]
 
-    def _read(self, rows: Sequence[int]) -> list[Sample]:
+    def _decode(self, rows: Sequence[int]) -> Batch:
+        """Read samples from the source."""
         indices = [self.indices[row] for row in rows]
         samples = self.source.read(indices, self.targets)
         for index, sample in zip(indices, samples, strict=True):
             for target in self.targets:
                 if index in self.hidden.get(target, ()):
                     sample.pop(target, None)
-        return samples
+        return _to_storage(collate(samples, self.targets))
 
-    def _read_all(self, progress: Callable[[int, int], None] | None) -> Batch:
-        """Read every sample once, chunk by chunk, into tensors of the storage types."""
-        stored: Batch = {}
+    def _decode_all(self, progress: Callable[[int, int], None] | None) -> Iterator[Batch]:
+        """Read every sample once, chunk by chunk."""
         rows = range(len(self))
         for chunk in (rows[start : start + 32] for start in range(0, len(rows), 32)):
-            batch = collate(self._read(chunk), self.targets)
-            for name, values in batch.items():
-                dtype = TARGETS[name].storage if name in TARGETS else values.dtype
-                if name not in stored:
-                    stored[name] = torch.empty((len(rows), *values.shape[1:]), dtype=dtype)
-                stored[name][chunk.start : chunk.stop] = values.to(dtype)
+            yield self._decode(chunk)
             if progress is not None:
                 progress(chunk.stop, len(rows))
-        return stored
+
+    def _on_disk(self, folder: Path | None, progress: Callable[[int, int], None] | None) -> Batch:
+        """Return the samples from their file, which is written first where there is none to be trusted."""
+        name = self.source.info.name
+        known = self.source.fingerprint() if isinstance(self.source, Fingerprinted) else None
+        if known is None:
+            raise UserError(
+                f"--data.cache disk: the data set {name} cannot tell when its samples change (it has no 'fingerprint'),"
+                " so a file could be out of date; use --data.cache memory or none"
+            )
+        if folder is None:
+            raise UserError("--data.cache disk needs a folder for its files; name one by --data.cache-dir")
+        hidden = sorted((target, sorted(indices)) for target, indices in self.hidden.items())
+        which = digest(name, known, self.indices, sorted(self.targets), hidden)
+        path = folder / f"samples-{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{which}.h5"
+        try:
+            found = Mapped(path)
+        except OSError:
+            found = None
+        if found is None or not self._agrees(found):
+            write(path, self._decode_all(progress), len(self))
+            found = Mapped(path)
+        return found
+
+    def _agrees(self, stored: Batch) -> bool:
+        """Return whether a few samples, decoded again, are as they were: the code that decodes may be another."""
+        rows = sorted({0, len(self) // 2, len(self) - 1})
+        fresh = self._decode(rows)
+        return fresh.keys() == stored.keys() and all(
+            len(stored[name]) == len(self) and torch.equal(stored[name][rows], values) for name, values in fresh.items()
+        )
 
 
 class Loader(DataLoader[Batch]):
@@ -226,11 +300,27 @@ class Loader(DataLoader[Batch]):
 
     Its state is the number of batches handed out in the running epoch; Lightning saves and restores it. The
     batches come lazily, because Lightning makes the iterator before it tells the sampler the epoch.
+
+    Args:
+        samples: What to load.
+        batches: In which order.
+        workers: Number of processes that load; samples kept on a device need none and allow none.
+        pin_memory: Whether batches are to be copied to a GPU, and so are made in memory from which that needs no
+            waiting, one ahead of the step that runs.
+
+    Raises:
+        UserError: There are workers for samples on a device.
     """
 
     batch_sampler: Batches
 
     def __init__(self, samples: Samples, batches: Batches, workers: int, pin_memory: bool = False) -> None:
+        on_device = samples.device.type != "cpu"
+        if on_device and workers:
+            raise UserError(
+                f"--data.workers {workers}: samples that are on {samples.device} already need no worker; leave it out, "
+                "or use another --data.cache"
+            )
         # A generator of the loader's own: the base class draws a seed for its workers at every epoch, and
         # would take it from the generator that dropout uses, once more after a resume than before it.
         super().__init__(
@@ -238,7 +328,7 @@ class Loader(DataLoader[Batch]):
             batch_sampler=batches,
             collate_fn=_identity,
             num_workers=workers,
-            pin_memory=pin_memory,
+            pin_memory=pin_memory and not on_device,
             persistent_workers=workers > 0,
             generator=torch.Generator(),
         )
@@ -249,7 +339,11 @@ class Loader(DataLoader[Batch]):
         resume, self._resume = self._resume, None
         going_on = resume is not None and resume["epoch"] == self.batch_sampler.epoch
         self.batch_sampler.start = self._handed_out = resume["batches"] if resume and going_on else 0
-        for batch in super().__iter__():
+        batches: Iterator[Batch] = super().__iter__()
+        # Workers are ahead anyway, and what a device has to select it queues behind the running step.
+        if self.pin_memory and not self.num_workers:
+            batches = _one_ahead(batches)
+        for batch in batches:
             self._handed_out += 1
             yield batch
 
@@ -267,8 +361,7 @@ def collate(samples: Sequence[Sample], targets: Iterable[str]) -> Batch:
 
     Args:
         samples: Samples of one size. A missing label becomes a target without a valid pixel.
-        targets: The dense targets that the batch is to have. Camera intrinsics come along where any sample
-            has them, zero for those without.
+        targets: The dense targets that the batch is to have. Camera intrinsics come along, zero where unknown.
     """
     batch: Batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)}
     height, width = batch["image"].shape[-2:]
@@ -282,9 +375,8 @@ def collate(samples: Sequence[Sample], targets: Iterable[str]) -> Batch:
         elif kind.channels is not None:
             values = values.permute(0, 3, 1, 2)
         batch[target] = values
-    if any("intrinsics" in s for s in samples):
-        unknown = np.zeros((3, 3), np.float32)
-        batch["intrinsics"] = torch.from_numpy(np.stack([s.get("intrinsics", unknown) for s in samples]))
+    unknown = np.zeros((3, 3), np.float32)
+    batch["intrinsics"] = torch.from_numpy(np.stack([s.get("intrinsics", unknown) for s in samples]))
     return batch
 
 
@@ -326,14 +418,15 @@ def choose_labels(source: Source, target: str, count: int | None, seed: int) -> 
 
 
 def bytes_in_memory(size: tuple[int, int], targets: Iterable[str], samples: int) -> int:
-    """Return how many bytes `Samples` takes to keep this many samples in memory."""
+    """Return how many bytes `Samples` takes to keep this many samples."""
     per_pixel = 3 + sum((TARGETS[t].channels or 1) * TARGETS[t].storage.itemsize for t in targets)
-    return size[0] * size[1] * per_pixel * samples
+    intrinsics = 9 * torch.float32.itemsize
+    return (size[0] * size[1] * per_pixel + intrinsics) * samples
 
 
-def default_workers(in_memory: bool, augmented: bool) -> int:
+def default_workers(stored: bool, augmented: bool) -> int:
     """Return how many loader processes to use where nothing is said: none where a batch is a mere selection."""
-    if in_memory and not augmented:
+    if stored and not augmented:
         return 0
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -365,6 +458,23 @@ def _unbatch(row: Batch) -> Sample:
             array = array[0]
         sample[name] = array.astype(np.float32) if array.dtype == np.float16 else array
     return sample
+
+
+def _to_storage(batch: Batch) -> Batch:
+    """Return a batch in the types and the layout in which samples are kept."""
+    return {
+        name: values.to(TARGETS[name].storage if name in TARGETS else values.dtype).contiguous()
+        for name, values in batch.items()
+    }
+
+
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches, each of which a thread makes while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 def _identity(batch: Any) -> Any:

@@ -38,6 +38,7 @@ import numpy as np
 import scipy.io
 
 from mtl.data.arrays import Arrays, Stored
+from mtl.data.caching import digest, stamp
 from mtl.data.decoding import reason
 from mtl.data.fitting import fit
 from mtl.data.sample import IGNORE_INDEX, TARGETS, DataInfo, Sample
@@ -174,6 +175,10 @@ class NYUv2:
         """Return a boolean array (N,): which samples have this target."""
         return np.array(self._stored.labelled(target), dtype=bool)[self._indices]
 
+    def fingerprint(self) -> str:
+        """Return a text that changes with the files, the choice of samples and the size."""
+        return digest(self._indices, self._size, self._stored.fingerprint())
+
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
         """Read samples and fit them to size.
 
@@ -231,6 +236,10 @@ class _Official:
     def labelled(self, target: str) -> list[bool]:
         """Return which pictures have this target."""
         return [target in ("segmentation", "depth")] * len(self.names)
+
+    def fingerprint(self) -> str:
+        """Return a text that changes with the file and with how it is read."""
+        return digest(self._classes.tolist(), self._depth, stamp([self._path]))
 
     def read(self, indices: Iterable[int], targets: Iterable[str]) -> list[Sample]:
         """Read pictures."""

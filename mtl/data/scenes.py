@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mtl.data.caching import digest
 from mtl.data.materials import DOMAINS, Domain
 from mtl.data.raycast import cast, pinhole, to_tensors
 from mtl.data.rooms import CLASSES, build
@@ -152,6 +153,10 @@ class Scenes:
     def labelled(self, target: str) -> np.ndarray:
         """Return a boolean array (N,): all true for the dense targets."""
         return np.full(self._count, target in self.info.targets)
+
+    def fingerprint(self) -> str:
+        """Return a text that says which scenes these are, and by which renderer."""
+        return digest(RENDERER_VERSION, self._domain, self._seed, self._start, self._count, self._size)
 
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
         """Return samples with `image`, `intrinsics` and the targets asked for.

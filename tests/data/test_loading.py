@@ -1,3 +1,4 @@
+import time
 from collections import Counter
 
 import numpy as np
@@ -52,10 +53,10 @@ class Numbers:
         return samples
 
 
-def make(in_memory: bool = True, augment=None, **kwargs) -> Samples:
-    return Samples(
-        Numbers(), range(23), ("segmentation", "depth"), in_memory=in_memory, augment=augment, seed=3, **kwargs
-    )
+def make(cache: str = "memory", augment=None, **kwargs) -> Samples:
+    samples = Samples(Numbers(), range(23), ("segmentation", "depth"), augment=augment, seed=3, **kwargs)
+    samples.keep(cache)
+    return samples
 
 
 def indices(batches: Batches) -> list[int]:
@@ -242,18 +243,18 @@ class TestLargestRemainder:
 
 
 class TestSamples:
-    def test_in_memory_and_read_on_demand_are_the_same(self) -> None:
-        keys = [Key(i, 0, i) for i in (4, 7, 0)]
-        kept, read = make(True).__getitems__(keys), make(False).__getitems__(keys)
-        assert kept.keys() == read.keys() == {"image", "segmentation", "depth"}
-        for name in kept:
-            assert torch.equal(kept[name].float(), read[name].float())
-
-    def test_shapes_and_types_of_the_contract(self) -> None:
-        batch = make(False).__getitems__([Key(0, 0, 0), Key(1, 0, 1)])
+    def test_a_batch_is_what_the_source_has_in_the_types_of_storage(self) -> None:
+        batch = make("none").__getitems__([Key(0, 4, 7), Key(2, 4, -1)])
+        source = Numbers().read([0, 2], ("segmentation", "depth"))
+        assert batch.keys() == {"image", "segmentation", "depth", "intrinsics", "draw"}
         assert batch["image"].shape == (2, 3, 8, 12) and batch["image"].dtype == torch.uint8
+        assert np.array_equal(batch["image"].permute(0, 2, 3, 1), [sample["image"] for sample in source])
         assert batch["segmentation"].shape == (2, 8, 12) and batch["segmentation"].dtype == torch.uint8
-        assert batch["depth"].shape == (2, 1, 8, 12) and batch["depth"].dtype == torch.float32
+        assert np.array_equal(batch["segmentation"][0], source[0]["segmentation"])
+        assert batch["depth"].shape == (2, 1, 8, 12) and batch["depth"].dtype == torch.float16
+        assert np.array_equal(batch["depth"][0, 0], source[0]["depth"].astype(np.float16))
+        assert torch.equal(batch["intrinsics"], torch.zeros(2, 3, 3))
+        assert torch.equal(batch["draw"], torch.tensor([[4, 7], [4, -1]]))
 
     def test_a_missing_label_is_a_target_without_a_valid_pixel(self) -> None:
         batch = make().__getitems__([Key(1, 0, 0)])
@@ -282,32 +283,39 @@ class TestSamples:
 
     def test_what_is_said_to_fit_in_memory_is_what_it_takes(self) -> None:
         stored = make().stored
-        taken = sum(values.numel() * values.element_size() for values in stored.values())
+        taken = sum(values.nbytes for values in stored.values())
         assert taken == bytes_in_memory((8, 12), ("segmentation", "depth"), 23)
         assert {name: values.dtype for name, values in stored.items() if name in TARGETS} == {
             "segmentation": torch.uint8,
             "depth": torch.float16,
         }
 
-    def test_labels_come_in_chunks_from_memory_and_from_disk(self) -> None:
-        kept, read = (torch.cat(list(make(m).labels("depth"))).float() for m in (True, False))
-        assert torch.equal(kept, read) and kept.shape == (23, 1, 8, 12)
+    @pytest.mark.parametrize("cache", ["memory", "none"])
+    def test_labels_are_of_the_samples_that_have_one(self, cache: str) -> None:
+        samples = make(cache, hidden={"depth": frozenset({2, 4})})
+        depth = torch.cat(list(samples.labels("depth")))
+        having = [0, *range(6, 23, 2)]
+        assert depth[:, 0, 0, 0].tolist() == [1 + index / 8 for index in having]
+        few = torch.cat(list(samples.labels("depth", limit=3)))
+        assert few[:, 0, 0, 0].tolist() == [1, 1 + 12 / 8, 1 + 22 / 8]
+        assert list(make(hidden={"depth": frozenset(range(23))}).labels("depth")) == []
 
 
 class TestLoader:
-    @pytest.mark.parametrize("in_memory", [True, False])
-    def test_workers_do_not_change_what_is_loaded(self, in_memory: bool) -> None:
+    @pytest.mark.parametrize("cache", ["memory", "none"])
+    def test_workers_do_not_change_what_is_loaded(self, cache: str) -> None:
         def load(workers: int) -> list:
-            samples = make(in_memory, LoaderAugmentation("light"))
+            samples = make(cache, LoaderAugmentation("light"))
             return list(Loader(samples, Batches(23, 4, shuffle=True, seed=1), workers))
 
         for here, there in zip(load(0), load(2), strict=True):
             assert all(torch.equal(here[name], there[name]) for name in here)
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_goes_on_in_the_middle_of_an_epoch(self, workers: int) -> None:
+    @pytest.mark.parametrize(("workers", "pinned"), [(0, False), (0, True), (2, False)])
+    def test_goes_on_in_the_middle_of_an_epoch(self, workers: int, pinned: bool) -> None:
         def loader() -> Loader:
-            return Loader(make(augment=LoaderAugmentation("colour")), Batches(23, 4, shuffle=True), workers)
+            samples = make(augment=LoaderAugmentation("colour"))
+            return Loader(samples, Batches(23, 4, shuffle=True), workers, pinned)
 
         whole = loader()
         whole.batch_sampler.set_epoch(2)
@@ -324,6 +332,23 @@ class TestLoader:
             assert all(torch.equal(expected[name], got[name]) for name in expected)
         resumed.batch_sampler.set_epoch(3)
         assert len(list(resumed)) == len(batches), "the epoch after starts at its beginning"
+
+    @pytest.mark.parametrize("pinned", [False, True])
+    def test_batches_that_go_to_a_gpu_are_made_one_ahead(self, pinned: bool) -> None:
+        made: Counter[int] = Counter()
+
+        def count(sample: Sample, generator: np.random.Generator) -> Sample:
+            made[0] += 1
+            return sample
+
+        iterator = iter(Loader(make(augment=count), Batches(23, 4, shuffle=True), 0, pinned))
+        next(iterator)
+        ahead, deadline = (8 if pinned else 4), time.monotonic() + 10
+        while made[0] < ahead and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert made[0] == ahead
+        assert len(list(iterator)) == 4 and made[0] == 20
 
     def test_leaves_the_global_generator_alone(self) -> None:
         before = torch.get_rng_state()
@@ -344,6 +369,21 @@ class TestChoice:
 
     def test_all_where_nothing_is_said(self) -> None:
         assert choose_labels(Numbers(), "depth", None, 0) == choose_labels(Numbers(), "depth", 99, 0) == frozenset()
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_a_batch_has_intrinsics_whether_or_not_its_samples_have(cache: str) -> None:
+    class Cameras(Numbers):
+        def read(self, indices, targets) -> list[Sample]:
+            samples = super().read(indices, targets)
+            samples[0] |= {"intrinsics": np.eye(3, dtype=np.float32)} if indices[0] == 0 else {}
+            return samples
+
+    samples = Samples(Cameras(40), range(40), ())
+    samples.keep(cache)
+    for row in (0, 39):
+        batch = samples.__getitems__([Key(row, 0, 0)])
+        assert torch.equal(batch["intrinsics"], torch.eye(3)[None] * (row == 0))
 
 
 def test_intrinsics_come_along_and_are_zero_where_unknown() -> None:
