@@ -30,7 +30,7 @@ from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation
 from mtl.training.module import MultiTaskModule
 from mtl.training.tracking import Mode
-from mtl.transfer.lora import add_lora
+from mtl.transfer.lora import Adapters, add_lora
 from mtl.weighting.base import Weighting
 from mtl.weighting.fixed import FixedWeights
 
@@ -235,14 +235,14 @@ def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> Mu
     return MultiTaskModule(model, tasks, build_weighting(experiment), experiment, total_steps, info)
 
 
-def adapt(module: MultiTaskModule) -> None:
-    """Add low-rank adapters where the experiment asks for them; they come after the initial weights.
+def adapt(module: MultiTaskModule) -> Adapters | None:
+    """Add low-rank adapters where the experiment asks for them, after the initial weights, and return where they are.
 
     Raises:
         UserError: The backbone cannot have them, or the package for them is missing.
     """
-    if module.options.lora is not None:
-        add_lora(module.model.backbone, module.options.lora)
+    rank = module.options.lora
+    return None if rank is None else add_lora(module.model.backbone, rank)
 
 
 def steps_in_epoch(experiment: Experiment, samples: int) -> int:

@@ -90,7 +90,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     higher_is_better = check_monitor(experiment, module)
     if not resume:
         _prepare(module, experiment, training, surroundings)
-    adapt(module)
+    if adapters := adapt(module):
+        surroundings.say(str(adapters))
 
     if first:
         try:
