@@ -76,7 +76,7 @@ def open_source(experiment: Experiment, split: Split, surroundings: Surroundings
 def _open(options: SourceOptions, split: Split, data: DataOptions, surroundings: Surroundings) -> Source:
     if factory := registry.data_sets.get(options.name):
         with in_plugin(file_of(factory) or options.name, f"opening the data set {options.name!r}"):
-            return check_source(factory(options.root, split=split, size=data.size), options.name)
+            return check_source(factory(options.root, split=split, size=data.size), options.name, data.size)
     if options.name == "nyuv2":
         assert options.root is not None, "the configuration has checked this"
         classes = options.classes or CLASS_COUNTS["nyuv2"][0]
@@ -173,8 +173,8 @@ def build_tasks(experiment: Experiment, info: DataInfo) -> list[Task]:
 def _plugin_task(name: str, info: DataInfo) -> Task:
     make = registry.tasks[name]
     with in_plugin(file_of(make) or name, f"making the task {name!r}"):
-        task = make(info)
-        check_task(make(info))
+        task, tried = make(info), make(info)
+    check_task(tried)
     return task
 
 

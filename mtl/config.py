@@ -197,7 +197,7 @@ class TaskGroup(Options):
     @classmethod
     def _plugins_given(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name not in registry.plugins:
+            if Path(name).name not in registry.plugins:
                 raise ValueError(f"this was made with code in {name}, which a person must name: add --plugin {name}")
         return value
 

@@ -92,10 +92,13 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         _prepare(module, experiment, training, surroundings)
     if adapters := adapt(module):
         surroundings.say(str(adapters))
+    sizes = [(p.numel(), p.requires_grad) for p in module.model.parameters()]
+    learning, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    surroundings.say(f"learning: {learning / 1e6:.2f} of {total / 1e6:.2f} million parameters")
 
     if first:
         try:
-            folder.mkdir(parents=True, exist_ok=resume is not None)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be made ({error.strerror}); choose another --name or --output-dir"
@@ -303,18 +306,24 @@ def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples,
     surroundings.say(str(initialise(module.model, experiment.init)))
 
 
-def new_folder(experiment: Experiment) -> Path:
+def new_folder(experiment: Experiment, *, replace: bool = False) -> Path:
     """Return the folder of a new run.
+
+    Args:
+        experiment: The run.
+        replace: Whether a folder of the run's name will do that holds no checkpoint; its table is removed.
 
     Raises:
         UserError: A run of the name given exists, or its folder cannot be made.
     """
     if experiment.name is not None:
         folder = experiment.output_dir / experiment.name
-        if folder.exists():
+        if replace and folder.is_dir() and not any(folder.glob("*.ckpt")):
+            (folder / "metrics.csv").unlink(missing_ok=True)
+        elif folder.exists():
             raise UserError(f"{folder} exists; choose another --name, or go on with that run by --resume {folder}")
     else:
-        base = "-".join([*experiment.task, *(["frozen"] if experiment.freeze else [])])
+        base = "-".join([*experiment.task, *(["frozen"] if experiment.backbone_stays else [])])
         taken = [p.name for p in experiment.output_dir.glob(f"{base}*")]
         numbers = [int(m[1]) for name in taken if (m := re.fullmatch(rf"{base}-(\d+)", name))]
         folder = experiment.output_dir / f"{base}-{max(numbers, default=0) + 1}"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -119,17 +121,43 @@ def file_of(value: Any) -> Path | None:
     return next((path for path in registry.plugins.values() if f"mtl_plugin_{path.stem}" == module), None)
 
 
-def check_source(source: Any, name: str) -> Source:
-    """Return a plugin's data set if it is a `mtl.data.sample.Source`.
+def check_source(source: Any, name: str, size: tuple[int, int]) -> Source:
+    """Return a plugin's data set if it is a `mtl.data.sample.Source`, as its first sample shows.
+
+    Args:
+        source: What the plugin gives.
+        name: Its name, for messages.
+        size: Height and width that samples must have.
 
     Raises:
-        UserError: It lacks a method, or has targets that are none.
+        UserError: A method is missing or raises, or returns what the contract does not allow.
     """
     missing = [part for part in ("info", "__len__", "name", "labelled", "read") if not hasattr(source, part)]
     if missing:
         raise UserError(f"the data set {name!r} gives a {type(source).__name__} without {', '.join(missing)}")
     if wrong := [target for target in source.info.targets if target not in TARGETS]:
         raise UserError(f"the data set {name!r} has the target {wrong[0]!r}; targets are {', '.join(TARGETS)}")
+    for target in source.info.targets:
+        labelled = source.labelled(target)
+        if not (isinstance(labelled, np.ndarray) and labelled.dtype == bool and labelled.shape == (len(source),)):
+            raise UserError(
+                f"the data set {name!r}: labelled({target!r}) must be a boolean array of {len(source)}, one a sample"
+            )
+    if not len(source):
+        raise UserError(f"the data set {name!r} has no sample")
+    for sample in source.read([0], source.info.targets):
+        if "image" not in sample:
+            raise UserError(f"the data set {name!r}: read must give samples with an 'image'")
+        for key, value in sample.items():
+            if key == "intrinsics":
+                continue
+            channels = (3,) if key in ("image", "normals") else ()
+            dtype = "float32" if key in ("depth", "normals") else "uint8"
+            if key not in ("image", *TARGETS) or value.shape != (*size, *channels) or value.dtype != dtype:
+                raise UserError(
+                    f"the data set {name!r}: {key!r} of its first sample is {value.dtype} {value.shape}, and must be "
+                    f"{dtype} {(*size, *channels)}"
+                )
     checked: Source = source
     return checked
 
@@ -163,9 +191,10 @@ def check_task(task: Task, size: tuple[int, int] = (16, 24)) -> None:
         leaf = outputs.clone().requires_grad_()
         loss = attempt("loss", task.loss, leaf, {task.target: labels})
         expect(isinstance(loss, Tensor) and loss.shape == (), "loss", f"with {what} must return a scalar tensor")
-        expect(bool(loss.isfinite()), "loss", f"with {what} is {float(loss)}, and must be finite")
+        value = loss.item()
+        expect(math.isfinite(value), "loss", f"with {what} is {value}, and must be finite")
         if labels is empty:
-            expect(float(loss) == 0, "loss", f"is {float(loss)} where nothing is labelled, and must be zero")
+            expect(value == 0, "loss", f"is {value} where nothing is labelled, and must be zero")
         expect(loss.requires_grad, "loss", f"with {what} does not depend on the outputs, and so cannot be learned from")
     attempt("observe", task.observe, [target])
     bias = attempt("initial_bias", task.initial_bias)

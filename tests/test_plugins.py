@@ -42,7 +42,7 @@ class TestExamples:
         said = capsys.readouterr().out
         assert "edges/f1" in said and f"--plugin {EDGES}" in said, "what to try next needs the plugin too"
         folder = tmp_path / "runs" / "run"
-        assert yaml.safe_load((folder / "config.yaml").read_text())["needs_plugins"] == ["edges.py"]
+        assert yaml.safe_load((folder / "config.yaml").read_text())["needs_plugins"] == [EDGES]
         report = tmp_path / "metrics.json"
         assert run("evaluate", str(folder), "--plugin", EDGES, "--json", str(report)) == 0
         assert 0 < json.loads(report.read_text())["edges/f1"] <= 1

@@ -6,8 +6,9 @@ map            inside the frame                                              out
 `image`        linear or cubic, averaged first where it shrinks              `fill`
 `segmentation` the nearest pixel's class                                     255
 `depth`        valid where the nearest pixel is; 1 / depth, which is affine  0
-               across the picture of a plane, linear over valid pixels,
-               where that is within `JUMP` of the nearest pixel's, else that
+               across the picture of a plane, is interpolated linearly where
+               all neighbours are valid and the result is within `JUMP` of
+               the nearest pixel's; elsewhere the nearest pixel's
 `normals`      valid where the nearest pixel is; linear over valid pixels,   (0, 0, 0)
                turned with the camera and normalised
 `intrinsics`   see `mtl.augmentation.camera`
@@ -193,11 +194,11 @@ def _warp_segmentation(classes: Tensor, grid: Grid) -> Tensor:
 def _warp_depth(depth: Tensor, grid: Grid, seen: View, is_inverse: bool) -> Tensor:
     """Warp (B, 1, H, W) float32."""
     nearest = _pick(depth[:, 0], grid).mul_(grid.inside)[:, None]
-    valid = depth > 0
-    inverse = depth if is_inverse else torch.where(valid, depth, torch.inf).reciprocal_()
-    total, share = _sample(torch.cat([inverse, valid.float()], 1), grid).chunk(2, 1)
-    # By which factor interpolation changes the inverse depth of the nearest pixel; no number where that is invalid.
-    change = total / share.mul_(nearest) if is_inverse else total.div_(share).mul_(nearest)
+    # Infinite where invalid, and so is every mean in which that takes part, or no number.
+    inverse = depth.masked_fill(depth == 0, torch.inf) if is_inverse else depth.reciprocal()
+    mean = _sample(inverse, grid)
+    # By which factor interpolation changes the inverse depth of the nearest pixel.
+    change = mean.div_(nearest) if is_inverse else mean.mul_(nearest)
     difference = (change - 1).abs_()
     change = torch.where((difference > _ROUNDING) & (difference < JUMP), change, 1)
     nearer = change.mul_(grid.w).div_(seen.depth.float().view(-1, 1, 1, 1))

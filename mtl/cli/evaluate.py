@@ -19,14 +19,14 @@ from mtl.flags import Code, flags_of, parse, values_of, with_values
 SPLITS = ("validation", "test")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Run(Code):
     """The flags of every command that uses a finished run."""
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The run's folder, such as runs/depth-1.")] = Path()
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The run's folder, such as runs/depth-1.")]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _Evaluate(Run):
     split: Annotated[str, tyro.conf.arg(help="validation, or a data set's official test split.")] = "validation"
     json: Annotated[Path | None, tyro.conf.arg(help="Also write the metrics to this file: name to number.")] = None
@@ -44,7 +44,7 @@ def run(words: list[str], program: str, description: str) -> None:
     stored = load(folder / "config.yaml") if folder else Experiment()
     data = flags_of(DataOptions, prefix=True)
     field = dataclasses.field(default_factory=lambda: with_values(data, stored.data.model_dump()))
-    flags_type = dataclasses.make_dataclass("Evaluate", [("data", data, field)], bases=(_Evaluate,))
+    flags_type = dataclasses.make_dataclass("Evaluate", [("data", data, field)], bases=(_Evaluate,), kw_only=True)
     flags = parse(flags_type, None, words, program, description)
     check_run(folder, flags.run)
     if flags.split not in SPLITS:
@@ -78,7 +78,5 @@ def check_run(found: Path | None, given: Path) -> None:
     Raises:
         UserError: They are not the same.
     """
-    if given == Path():
-        raise UserError("name a run's folder, such as runs/depth-1, right after the command")
     if found is None or found != given:
         raise UserError(f"{given} is not a run's folder, which holds config.yaml and best.ckpt")

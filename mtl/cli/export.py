@@ -15,7 +15,7 @@ from mtl.flags import parse
 FORMATS = ("onnx", "torch")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _Export(Run):
     format: Annotated[list[str], tyro.conf.arg(help="onnx (model.onnx), torch (model.pt2), or both.")] = (
         dataclasses.field(default_factory=lambda: ["onnx"])

@@ -16,7 +16,7 @@ from mtl.flags import parse
 SCALES = ("fit", "native")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _Predict(Run):
     images: Annotated[
         list[str], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER|GLOB ...", help="What to predict.")

@@ -12,13 +12,13 @@ from mtl import registry
 from mtl.cli.results import print_results
 from mtl.cli.surroundings import FOLDER, folder_of_run, rank, surroundings
 from mtl.cli.words import base_of, take_plugins
-from mtl.config import Experiment, changed, dump, load, validate
+from mtl.config import Experiment, TransferGroup, changed, dump, load, validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values
 
 MAY_CHANGE = {
     "epochs", "max_steps", "patience", "device", "devices", "compile", "logger", "project", "checkpoint_every",
-    "name", "output_dir",
+    "name", "output_dir", "needs_plugins",
 }  # fmt: skip
 """Fields that may differ when a run goes on; any other would make it another run."""
 
@@ -51,8 +51,8 @@ def run(words: list[str], program: str, description: str) -> None:
     flags = train_flags(_Files)
     base = base_of(words)
     given = _parse(flags, base, words, program, description)
-    resume = None
-    if given["resume"] is not None:
+    resume, wants_resume = None, given["resume"] is not None
+    if wants_resume:
         if given["config"] is not None:
             raise UserError("--resume goes on with the run's own configuration; leave --config out")
         resume = _run_to_resume(given["resume"], given["name"], Path(given["output_dir"]))
@@ -62,7 +62,10 @@ def run(words: list[str], program: str, description: str) -> None:
     for name in ("plugin", "config", "resume"):
         given.pop(name)
     print_config = given.pop("print_config")
-    experiment = validate(given | {"needs_plugins": list(registry.plugins), "more_data": base.more_data})
+    given_up = resume is None and wants_resume
+    experiment = validate(
+        given | {"needs_plugins": [str(path) for path in registry.plugins.values()], "more_data": base.more_data}
+    )
     if resume is not None:
         _check_same_run(base, experiment, resume)
         experiment = changed(experiment, {"name": base.name, "output_dir": base.output_dir})
@@ -75,7 +78,8 @@ def run(words: list[str], program: str, description: str) -> None:
     if resume is None:
         if rank() == 0:
             # Lightning starts the other processes of this machine by this very command line.
-            os.environ[FOLDER] = str(new_folder(experiment))
+            # A run of this name that was stopped before its first checkpoint has nothing to keep.
+            os.environ[FOLDER] = str(new_folder(experiment, replace=given_up))
         here = dataclasses.replace(here, folder=folder_of_run(experiment))
     outcome = train(experiment, here, resume)
     if rank() > 0:
@@ -108,7 +112,10 @@ def _run_to_resume(word: str, name: str | None, output_dir: Path) -> Path | None
         return newest
     run = Path(word) if Path(word).is_dir() else output_dir / word
     if not (run / "last.ckpt").is_file() or not (run / "config.yaml").is_file():
-        raise UserError(f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give a run's folder")
+        raise UserError(
+            f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give the folder of a run that has "
+            "come to its first checkpoint"
+        )
     return run
 
 
@@ -124,15 +131,14 @@ def _check_same_run(stored: Experiment, experiment: Experiment, run: Path) -> No
 
 def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
     """Return commands worth trying next, and what each does."""
-    again = f"python train.py --config {folder / 'config.yaml'} --name {folder.name}"
     code = "".join(f" --plugin {file}" for file in registry.plugins.values())
-    again += code
+    again = f"python train.py{code} --config {folder / 'config.yaml'} --name {folder.name}"
     lines = [(f"python -m mtl predict {folder} IMAGES{code}", "predicts pictures of your own, of any size")]
     lines.append((f"python -m mtl evaluate {folder}{code} --json metrics.json", "measures the best checkpoint again"))
     if experiment.backbone_stays:
         lines.append((f"{again}-tuned --no-freeze --init {folder}", "goes on from here with the whole network"))
         lines.append((f"{again}-random --init none", "the same on a random backbone, to see what this one is worth"))
-    else:
+    elif not experiment.model_dump(include=set(TransferGroup.model_fields) - {"init"}, exclude_defaults=True):
         lines.append((f"{again}-frozen --freeze --init {folder}", "keeps this backbone and trains the heads alone"))
     if experiment.task in (["depth"], ["segmentation"]):
         lines.append((f"{again}-both --task segmentation depth", "learns both tasks on one backbone"))

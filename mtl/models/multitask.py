@@ -6,6 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mtl.errors import UserError
 from mtl.models.backbone import Backbone
 from mtl.models.heads import Head
 
@@ -33,7 +34,12 @@ class MultiTaskModel(nn.Module):
         An image whose sides are not multiples of the backbone's stride is extended at its right and lower
         edges by repeating the last pixels, and the outputs are cut back. Every map of the pyramid then covers
         the image exactly, where otherwise the coarser maps would be stretched against the finer.
+
+        Raises:
+            UserError: The images are not floats.
         """
+        if not image.is_floating_point():
+            raise UserError(f"images must be floats in [0, 1], not {image.dtype}; divide bytes by 255")
         height, width = image.shape[-2:]
         stride = self.backbone.stride
         padding = (0, -width % stride, 0, -height % stride)

@@ -124,7 +124,7 @@ def draw_curves(path: Path, history: History, tasks: Sequence[Task], constant: M
     axes = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
     for task in tasks:
         steps, values = history.column(f"train/loss/{task.name}")
-        axes[0].plot(steps, values, label=task.name, linewidth=1)
+        axes[0].plot(steps, values, label=task.name, linewidth=1, marker="." if len(steps) < 20 else None)
     axes[0].set(title="training loss", xlabel="step", yscale="log")
     axes[0].legend()
     for axis, task in zip(axes[1:], tasks, strict=True):

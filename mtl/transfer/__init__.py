@@ -1,1 +1,1 @@
-"""Initial weights."""
+"""Where weights come from, what of them learns, and how fast."""

@@ -220,7 +220,6 @@ def test_auto_is_a_pyramid_decoder_or_dpt() -> None:
         ("mobilenetv4_conv_small", "unnet", ["'unnet'", "did you mean 'unet'", "deeplabv3plus"]),
         ("mobilenetv4_conv_small", "dpt", ["mobilenetv4_conv_small", "a pyramid", "--decoder unet"]),
         ("vit_tiny_patch16_224", "unet", ["vit_tiny_patch16_224", "plain vision transformer", "--decoder dpt"]),
-        ("vit_small_patch14_dinov2", "auto", ["vit_small_patch14_dinov2", "14 pixels", "8, 16 or 32"]),
     ],
 )
 def test_decoders_that_do_not_fit_are_a_sentence(name: str, decoder: str, fragments: list[str]) -> None:
