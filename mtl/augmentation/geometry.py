@@ -11,7 +11,6 @@ parameters.
 Matrices are float64 (float32 on devices without it). Nothing here waits for the device.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -240,11 +239,6 @@ def shrinkage(matrix: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     column = (matrix[:, 0, :2] - (x / w)[:, None] * matrix[:, 2, :2]) / w[:, None]
     row = (matrix[:, 1, :2] - (y / w)[:, None] * matrix[:, 2, :2]) / w[:, None]
     return torch.hypot(*column.unbind(-1)), torch.hypot(*row.unbind(-1))
-
-
-def half_diagonal(size: tuple[int, int]) -> float:
-    """Return half the diagonal of the frame in pixels, the unit of the radius in `Warp`."""
-    return math.hypot(*size) / 2
 
 
 def _matrix(*entries: Tensor | float) -> Tensor:

@@ -86,7 +86,8 @@ def warp(
         depth_convention: How zoom is told, see `mtl.augmentation.camera`.
         inverse_depth: Whether `depth` holds inverse depth.
         interpolation: Of the image.
-        antialias: Whether to average the image where it shrinks.
+        antialias: Whether to average the image before it shrinks; it costs half as much as sampling it, whether
+            anything shrinks or not.
 
     Returns:
         A new batch with the same keys, shapes and types.
