@@ -10,8 +10,10 @@ import lightning
 import torch
 
 from mtl import registry
-from mtl.augmentation.loader import LoaderAugmentation
-from mtl.config import CLASS_COUNTS, DataOptions, Experiment, SourceOptions
+from mtl.augmentation.pipeline import Pipeline
+from mtl.augmentation.policy import Augmentation
+from mtl.config import CLASS_COUNTS, DataOptions, Experiment, SourceOptions, resolve_augmentation
+from mtl.data.caching import choose
 from mtl.data.cityscapes import Cityscapes
 from mtl.data.combined import Combined
 from mtl.data.folder import Folder
@@ -98,15 +100,24 @@ def _open(options: SourceOptions, split: Split, data: DataOptions, surroundings:
         seed=options.scene_seed,
         size=data.size,
         start=0 if training else HELD_OUT_SCENES,
-        cache_dir=data.cache_dir or surroundings.cache_dir,
+        # Kept on disk as samples, they need not be kept a second time.
+        cache_dir=None if data.cache == "disk" else data.cache_dir or surroundings.cache_dir,
         progress=None if report is None else lambda done, total: report(f"rendering {split} rooms", done, total),
     )
 
 
-def load_samples(experiment: Experiment, split: Split, surroundings: Surroundings) -> Samples:
-    """Open the configured data set and read it into memory where it fits.
+def load_samples(
+    experiment: Experiment, split: Split, surroundings: Surroundings, *, all_tasks: bool = True
+) -> Samples:
+    """Open the configured data set; `keep_samples` then decodes it.
 
     For training, only samples with a label of one of the tasks are used, after `--data.labels` has chosen them.
+
+    Args:
+        experiment: Which data, and the tasks whose labels are loaded.
+        split: Which samples.
+        surroundings: Where.
+        all_tasks: Whether each task must have labels; otherwise one of them will do.
 
     Raises:
         UserError: The data cannot be used, or has no label of a task.
@@ -117,7 +128,7 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
     hidden: dict[str, frozenset[int]] = {}
     for task, target in targets.items():
         available = int(source.labelled(target).sum())
-        if not available:
+        if not available and (all_tasks or not any(source.labelled(other).any() for other in targets.values())):
             raise UserError(
                 f"no {split} sample of {source.info.name} has a label for the task {task!r}; "
                 f"add labels or leave the task out of --task"
@@ -142,18 +153,36 @@ def load_samples(experiment: Experiment, split: Split, surroundings: Surrounding
                     f"no training sample of the data set {options.name!r} has labels for {', '.join(experiment.task)}; "
                     "leave it out of more_data, or change --task"
                 )
-    in_memory = bytes_in_memory(data.size, set(targets.values()), len(usable)) <= data.cache_gb * 1e9
-    report = surroundings.progress
-    return Samples(
-        source,
-        usable,
-        tuple(dict.fromkeys(targets.values())),
-        hidden=hidden,
-        augment=LoaderAugmentation(data.augment) if split == "train" and data.augment != "none" else None,
-        seed=experiment.seed,
-        in_memory=in_memory,
-        progress=None if report is None else lambda done, total: report(f"reading {split} samples", done, total),
-    )
+    pipeline = None
+    if split == "train" and experiment.augmentation.loader:
+        loader = experiment.augmentation.loader
+        pipeline = Pipeline(loader, "augmentation.loader", data.size, source.info.inverse_depth)
+    unique = tuple(dict.fromkeys(targets.values()))
+    return Samples(source, usable, unique, hidden=hidden, augment=pipeline, seed=experiment.seed)
+
+
+def keep_samples(experiment: Experiment, splits: Sequence[Samples], surroundings: Surroundings) -> None:
+    """Decode samples once, where there is room to keep them, and say where.
+
+    Raises:
+        UserError: They cannot be kept where --data.cache says, or cannot be read.
+    """
+    data, report = experiment.data, surroundings.progress
+    device = torch.device("cpu")
+    # With several devices each process would have to know its own; their samples stay in the host's memory.
+    if experiment.devices == 1 and experiment.device in ("auto", "cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    needed = bytes_in_memory(data.size, splits[0].targets, sum(map(len, splits)))
+    augmented = any(samples.augment is not None for samples in splits)
+    choice = choose(data.cache, needed, device, data.cache_gb, loader_augments=augmented)
+    surroundings.say(choice.reason)
+    for samples in splits:
+        samples.keep(
+            choice.cache,
+            device=device,
+            folder=data.cache_dir or surroundings.cache_dir,
+            progress=None if report is None else lambda done, total: report("reading samples", done, total),
+        )
 
 
 def build_tasks(experiment: Experiment, info: DataInfo) -> list[Task]:
@@ -232,7 +261,12 @@ def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> Mu
     model = build_model(experiment, tasks, training=total_steps > 0)
     if experiment.compile:
         model.compile()
-    return MultiTaskModule(model, tasks, build_weighting(experiment), experiment, total_steps, info)
+    augmentation = None
+    if total_steps > 0:
+        augmentation = Augmentation(resolve_augmentation(experiment), experiment.seed, inverse_depth=info.inverse_depth)
+        if experiment.compile:
+            augmentation.compile_photometry()
+    return MultiTaskModule(model, tasks, build_weighting(experiment), experiment, total_steps, info, augmentation)
 
 
 def adapt(module: MultiTaskModule) -> Adapters | None:
@@ -391,7 +425,7 @@ def _check_runs(model: MultiTaskModel, experiment: Experiment, training: bool) -
     height, width = experiment.data.size
     # A single image in training mode can leave a normalisation with one value a channel, which it refuses. A copy
     # takes that test, as it moves the running statistics.
-    alone = training and experiment.batch_size == 1
+    alone = training and 1 in (experiment.batch_size, experiment.epoch_samples)
     probe = copy.deepcopy(model).train() if alone else model.eval()
     try:
         with torch.no_grad():
@@ -401,6 +435,6 @@ def _check_runs(model: MultiTaskModel, experiment: Experiment, training: bool) -
         raise UserError(
             f"backbone {experiment.backbone} with decoder {experiment.decoder} cannot take images of {height}x{width}"
             f"{' one at a time' if alone else ''} ({reason}); choose another --data.size, --backbone, --decoder"
-            f"{' or --batch-size' if alone else ''}"
+            f"{', or more than one of --batch-size and --epoch-samples' if alone else ''}"
         ) from None
     model.train()

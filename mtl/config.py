@@ -37,7 +37,7 @@ TARGETS = ("segmentation", "depth", "normals")
 CLASS_COUNTS = {"nyuv2": (13, 40), "cityscapes": (19, 7)}
 """The numbers of classes that a data set's labels come in, the default first."""
 
-YAML_ONLY = ("needs_plugins", "more_data")
+YAML_ONLY = ("needs_plugins", "more_data", "loader")
 """Fields without a flag."""
 
 
@@ -130,6 +130,8 @@ class SourceOptions(Options):
     def _known_targets(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and not value:
             raise ValueError("name at least one target, or leave it out to use all")
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a target is named twice")
         return None if value is None else [_known(target, "target", TARGETS) for target in value]
 
     @model_validator(mode="after")
@@ -140,6 +142,11 @@ class SourceOptions(Options):
             raise ValueError("--data.root belongs to data sets of files; add --data.name folder, nyuv2 or cityscapes")
         if self.name != "folder" and self.description is not None:
             raise ValueError("--data.description belongs to --data.name folder")
+        if self.name != "scenes":
+            for field in ("domain", "train_samples", "val_samples", "scene_seed"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    flag = field.replace("_", "-")
+                    raise ValueError(f"--data.{flag} belongs to --data.name scenes, not {self.name}; leave it out")
         allowed = CLASS_COUNTS.get(self.name, ())
         if self.classes is not None and self.classes not in allowed:
             choice = f"has {' or '.join(map(str, allowed))} classes" if allowed else "has classes of its own"
@@ -156,12 +163,12 @@ class DataOptions(SourceOptions):
     """Height and width in pixels that every sample is fitted to."""
     labels: dict[str, int] = {}
     """Use this many labelled training images of a task, drawn by --seed (depth=50)."""
-    augment: Literal["none", "colour", "light"] = "none"
-    """Random changes in the loader: 'colour' jitters colours, 'light' also flips left and right."""
+    cache: Literal["auto", "device", "memory", "disk", "none"] = "auto"
+    """Where decoded samples are kept: auto is the device or memory where they fit, else none (decode each time)."""
     cache_gb: float = Field(4.0, ge=0)
-    """Keep decoded samples in memory where they fit in this many gigabytes."""
+    """The most gigabytes that auto keeps in memory."""
     cache_dir: Path | None = None
-    """Where rendered rooms are kept between runs (none: the user's cache folder)."""
+    """Where rendered rooms and decoded samples are kept between runs (none: the user's cache folder)."""
     workers: int | None = Field(None, ge=0)
     """Loader processes (none: 0 where samples are in memory, else one per core)."""
 
@@ -179,6 +186,107 @@ class DataOptions(SourceOptions):
         if min(value) < 16:
             raise ValueError("height and width must be at least 16 pixels")
         return value
+
+
+class AugmentationOptions(Options):
+    """How strong each random change is at most; what is not given is as --augment has it, and 0 leaves it out."""
+
+    magnitude: float | None = Field(None, ge=0)
+    """One knob for all: factor on every strength and probability (none: 1)."""
+    hflip: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that are mirrored left and right."""
+    vflip: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that are mirrored top and bottom."""
+    rotate: float | None = Field(None, ge=0, le=180)
+    """Turn by up to so many degrees either way."""
+    crop: float | None = Field(None, ge=0, le=9)
+    """Enlarge by a factor of up to 1 + this, and keep any part: a random crop."""
+    scale: float | None = Field(None, ge=0, le=9)
+    """Enlarge or shrink by a factor of up to 1 + this, to any place."""
+    stretch: float | None = Field(None, ge=0, le=9)
+    """Stretch or squeeze vertically by a factor of up to 1 + this."""
+    translate: float | None = Field(None, ge=0, le=1)
+    """Move by up to this share of width and height."""
+    shear: float | None = Field(None, ge=0, le=60)
+    """Slant by up to so many degrees in both directions."""
+    perspective: float | None = Field(None, ge=0, le=0.9)
+    """Move each corner by up to this share of half the width and height."""
+    pincushion: float | None = Field(None, ge=0, le=0.9)
+    """Lens distortion, pincushion and barrel, with a coefficient of up to this either way."""
+    brightness: float | None = Field(None, ge=0, le=1)
+    """Change brightness by a factor between 1 - this and 1 + this."""
+    contrast: float | None = Field(None, ge=0, le=1)
+    """Change contrast by a factor between 1 - this and 1 + this."""
+    saturation: float | None = Field(None, ge=0, le=1)
+    """Change saturation by a factor between 1 - this and 1 + this."""
+    hue: float | None = Field(None, ge=0, le=0.5)
+    """Turn the hue by up to this share of the colour circle either way."""
+    balance: float | None = Field(None, ge=0, le=1)
+    """Colour balance: a factor between 1 - this and 1 + this for each of red, green and blue."""
+    grayscale: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that lose their colour."""
+    gamma: float | None = Field(None, ge=0, le=9)
+    """Raise values to a power of between 1 / (1 + this) and 1 + this."""
+    solarize: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures whose bright values turn into their negative."""
+    posterize: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that keep 3 to 5 bits of each colour."""
+    blur: float | None = Field(None, ge=0, le=20)
+    """Gaussian blur with a standard deviation of up to so many pixels."""
+    motion_blur: float | None = Field(None, ge=0, le=60)
+    """Blur along a line of up to so many pixels."""
+    vignette: float | None = Field(None, ge=0, le=1)
+    """Darken the corners by up to this share."""
+    noise: float | None = Field(None, ge=0, le=1)
+    """Gaussian noise with a standard deviation of up to this, where white is 1."""
+    shot: float | None = Field(None, ge=0, le=1)
+    """Shot noise: the variance that white has, up to this."""
+    jpeg: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that get the blocks of a JPEG file of low quality."""
+    erase: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures in which boxes are hidden (cutout, random erasing)."""
+    cutmix: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that get a box of another one, targets included."""
+    mixup: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures over which another one lies faintly."""
+    mosaic: float | None = Field(None, ge=0, le=1)
+    """Share of the pictures that are put together from four."""
+    fill: Literal["reflection", "zeros", "mean"] | None = None
+    """What surrounds a picture that was moved: its reflection, black, or its mean colour (none: reflection)."""
+    depth_convention: Literal["metric", "canonical"] | None = None
+    """Under zoom: metric leaves depth and changes the camera, canonical divides depth by it (none: metric)."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How images are resampled (none: bilinear)."""
+    loader: list[Any] | dict[str, Any] | None = None
+    """A pipeline of albumentations that changes single samples in the loader; in YAML alone."""
+
+
+PROBABILITIES = ("hflip", "vflip", "grayscale", "solarize", "posterize", "jpeg", "erase", "cutmix", "mixup", "mosaic")
+"""The strengths of `AugmentationOptions` that are shares of the pictures."""
+
+STRENGTHS = tuple(
+    name
+    for name in AugmentationOptions.model_fields
+    if name not in ("magnitude", "fill", "depth_convention", "interpolation", "loader")
+)
+"""The changes that `AugmentationOptions` gives a strength."""
+
+POLICIES: dict[str, dict[str, float]] = {
+    "none": {},
+    "light": {
+        "hflip": 0.5, "crop": 0.3, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.03, "gamma": 0.1,
+    },
+    "heavy": {
+        "hflip": 0.5, "vflip": 0.05, "rotate": 10, "crop": 0.5, "scale": 0.25, "stretch": 0.2, "shear": 5,
+        "perspective": 0.15, "pincushion": 0.15, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1,
+        "balance": 0.2, "grayscale": 0.1, "gamma": 0.3, "blur": 1.5, "vignette": 0.5, "noise": 0.05, "erase": 0.2,
+    },
+    "lecture": {
+        "hflip": 0.5, "vflip": 0.5, "rotate": 15, "crop": 0.3, "stretch": 0.3, "balance": 0.3, "blur": 1.5,
+        "vignette": 0.6, "pincushion": 0.3,
+    },
+}  # fmt: skip
+"""The strengths of each value of --augment."""
 
 
 class TaskGroup(Options):
@@ -297,6 +405,9 @@ class ModelGroup(Options):
 class TrainingGroup(Options):
     """How it learns."""
 
+    augment: str = "none"
+    """Random changes of training samples: none, light, heavy, lecture, or a YAML file of --augmentation.* fields."""
+
     epochs: int = Field(6, ge=1)
     """Passes over the training samples."""
     epoch_samples: int | None = Field(None, ge=1)
@@ -375,14 +486,38 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     """Everything that one run depends on."""
 
     data: DataOptions = DataOptions()
+    augmentation: AugmentationOptions = AugmentationOptions()
     more_data: list[SourceOptions] = []
     """Data sets to learn from beside `data`, fitted to the same size; in YAML alone."""
     segmentation: SegmentationOptions = SegmentationOptions()
     depth: DepthOptions = DepthOptions()
 
     @model_validator(mode="after")
+    def _read_policy(self) -> Self:
+        if self.augment in POLICIES:
+            return self
+        path = Path(self.augment)
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            _known(self.augment, "policy of --augment", (*POLICIES, "FILE.yaml"))
+        try:
+            values = read_yaml(path)
+            base = values.pop("augment", "none")
+            _known(base, "policy", tuple(POLICIES))
+            policy = AugmentationOptions.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(f"--augment {path}: {describe(error, AugmentationOptions)}") from None
+        except UserError as error:
+            raise ValueError(f"--augment {error}") from None
+        # The file's content becomes part of the experiment, which can then be repeated without the file.
+        given = {name: value for name, value in self.augmentation if value is not None}
+        self.augment, self.augmentation = base, policy.model_copy(update=given)
+        return self
+
+    @model_validator(mode="after")
     def _all_or_no_ratios(self) -> Self:
         ratios = [source.ratio for source in self.sources]
+        if len(ratios) == 1 and ratios[0] is not None:
+            raise ValueError("--data.ratio is for several data sets, and more_data names no other; leave it out")
         if None in ratios and any(ratios):
             raise ValueError("--data.ratio is relative to those of the other data sets; give it to all of them or none")
         return self
@@ -412,6 +547,13 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
                     f"{nearest(task, self.task)}"
                 )
         return self
+
+
+def resolve_augmentation(experiment: Experiment) -> AugmentationOptions:
+    """Return the options with the strengths of --augment where none is given."""
+    policy = POLICIES[experiment.augment]
+    given = {name: value for name, value in experiment.augmentation if value is not None}
+    return AugmentationOptions(**{**policy, **given})
 
 
 GROUPS: tuple[type[Options], ...] = (TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup)

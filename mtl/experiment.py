@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from mtl.augmentation.policy import Augmentation
 from mtl.build import (
     Surroundings,
     adapt,
@@ -22,22 +24,32 @@ from mtl.build import (
     check_machine,
     check_monitor,
     check_schedule,
+    keep_samples,
     load_samples,
     make_loader,
     make_trainer,
     plan_fits,
     target_of,
 )
-from mtl.config import Experiment, changed, dump, validate
+from mtl.config import (
+    PROBABILITIES,
+    STRENGTHS,
+    AugmentationOptions,
+    Experiment,
+    changed,
+    dump,
+    resolve_augmentation,
+    validate,
+)
 from mtl.data.loading import Key, Samples
-from mtl.data.sample import DataInfo
+from mtl.data.sample import DataInfo, as_floats
 from mtl.errors import UserError
 from mtl.files import write_whole
-from mtl.tasks.base import Panel
+from mtl.tasks.base import Panel, Task
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
-from mtl.training.pictures import Panels, channels_last, draw_curves, draw_predictions, overlay
+from mtl.training.pictures import Panels, channels_last, draw_curves, draw_predictions, draw_rows, overlay
 from mtl.training.tracking import log_predictions, start_wandb
 from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, save_backbone
 
@@ -84,6 +96,7 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     lightning.seed_everything(experiment.seed, verbose=False)
     training = load_samples(experiment, "train", surroundings)
     validation = load_samples(experiment, "validation", surroundings)
+    keep_samples(experiment, [training, validation], surroundings)
     fits = plan_fits(experiment, len(training))
     check_schedule(experiment, min(fit.steps for fit in fits))
     module = build_module(experiment, training.source.info, fits[0].steps)
@@ -97,8 +110,10 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     surroundings.say(f"learning: {learning / 1e6:.2f} of {total / 1e6:.2f} million parameters")
 
     if first:
+        if not resume and experiment.name is None and experiment.devices == 1:
+            folder = new_folder(experiment)  # another run may have taken the number meanwhile
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=resume is not None)
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be made ({error.strerror}); choose another --name or --output-dir"
@@ -179,20 +194,22 @@ def evaluate(
     """
     start = time.monotonic()
     experiment, checkpoint = _stored(run, changes)
-    samples = load_samples(experiment, split, surroundings)
+    samples = load_samples(experiment, split, surroundings, all_tasks=False)
+    keep_samples(experiment, [samples], surroundings)
     info, trained_on = samples.source.info, DataInfo(**checkpoint["data"])
     segments = any(target_of(task) == "segmentation" for task in experiment.task)
-    if segments and tuple(info.classes) != tuple(trained_on.classes):
+    if segments and "segmentation" in info.targets and tuple(info.classes) != tuple(trained_on.classes):
         raise UserError(
             f"{run} predicts the classes {', '.join(trained_on.classes)}, but {info.name} has "
             f"{', '.join(info.classes)}; evaluate on data with the classes it was trained on"
         )
-    if "depth" in experiment.task and info.inverse_depth != trained_on.inverse_depth:
+    if "depth" in experiment.task and "depth" in info.targets and info.inverse_depth != trained_on.inverse_depth:
         raise UserError(
             f"{run} predicts {'inverse depth' if trained_on.inverse_depth else 'metres'}, but {info.name} has "
             f"{'inverse depth' if info.inverse_depth else 'metres'}; evaluate on data of the same kind"
         )
-    module = _restored(experiment, checkpoint, info)
+    # The model is that of the training's data, of whose targets these may have but some.
+    module = _restored(experiment, checkpoint, trained_on)
     results = _measure(module, samples, experiment)
     return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
 
@@ -243,7 +260,7 @@ def stored_experiment(checkpoint: Mapping[str, Any], path: Path) -> Experiment:
     return validate(checkpoint["experiment"], f"{path}: ")
 
 
-def preview(experiment: Experiment, surroundings: Surroundings, path: Path, count: int) -> None:
+def preview(experiment: Experiment, surroundings: Surroundings, path: Path, count: int) -> list[Path]:
     """Draw training samples as the network will see them, with their targets laid over them.
 
     Args:
@@ -252,26 +269,67 @@ def preview(experiment: Experiment, surroundings: Surroundings, path: Path, coun
         path: The picture to write.
         count: How many samples, evenly spread over the set.
 
+    Returns:
+        The pictures: samples, and where anything is augmented each change by itself.
+
     Raises:
         UserError: The data cannot be used.
     """
     samples = load_samples(experiment, "train", surroundings)
+    info = samples.source.info
     rows = _spread(len(samples), count)
     seen = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
     samples.augment = None
     stored = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
-    tasks = build_tasks(experiment, samples.source.info)
-    images = channels_last(seen["image"])
-    panels: Panels = {}
-    if not torch.equal(stored["image"], seen["image"]):
-        panels["as it is stored"] = Panel(channels_last(stored["image"]))
-    panels["what the network sees"] = Panel(images)
+    augmentation = Augmentation(resolve_augmentation(experiment), experiment.seed, inverse_depth=info.inverse_depth)
+    stored, seen = as_floats(stored), augmentation(as_floats(seen))
+    tasks = build_tasks(experiment, info)
     for task in tasks:
-        target = seen[task.target].float() if seen[task.target].is_floating_point() else seen[task.target]
-        task.observe([target])
-        title, drawn = next(iter(task.pictures(task.constant(target), target).items()))
-        panels[title] = Panel(overlay(images, drawn.images), drawn.scale)
+        task.observe([stored[task.target]])
+    panels: Panels = {"as it is stored": Panel(_picture(stored["image"]))}
+    panels["what the network sees"] = Panel(_picture(seen["image"]))
+    for task in tasks:
+        title, drawn = next(iter(task.pictures(task.constant(seen[task.target]), seen[task.target]).items()))
+        panels[title] = Panel(overlay(_picture(seen["image"]), drawn.images), drawn.scale)
     draw_predictions(path, panels, next((task.class_names for task in tasks if task.class_names), ()))
+    if not augmentation.strengths:
+        return [path]
+    changes = path.with_stem(path.stem + "_transforms")
+    _preview_transforms(samples, tasks[0], experiment, changes)
+    return [path, changes]
+
+
+TRIED = 16
+"""Samples of which the preview of a change shows the one that changes most."""
+
+
+def _preview_transforms(samples: Samples, task: Task, experiment: Experiment, path: Path) -> None:
+    """Draw each change that the augmentation makes by itself, a row each: at a third, two thirds and all of it."""
+    options = resolve_augmentation(experiment)
+    keys = [Key(row, 0, position) for position, row in enumerate(_spread(len(samples), TRIED))]
+    stored = as_floats(samples.__getitems__(keys))
+    rows: dict[str, list[np.ndarray]] = {}
+    for name in (name for name in STRENGTHS if getattr(options, name)):
+        strength = 1.0 if name in PROBABILITIES else getattr(options, name)
+        shown: list[np.ndarray] = []
+        for share in (1 / 3, 2 / 3, 1):
+            alone = AugmentationOptions(**{name: 1.0 if name in PROBABILITIES else strength * share})
+            seen = Augmentation(alone, experiment.seed + len(shown))(stored)
+            change = (seen["image"] - stored["image"]).abs().flatten(1).mean(1)
+            most = int(change.argmax())
+            image = _picture(seen["image"][most : most + 1])
+            target = seen[task.target][most : most + 1]
+            drawn = next(iter(task.pictures(task.constant(target), target).values()))
+            shown += [] if shown else [_picture(stored["image"][most : most + 1])[0]]
+            shown += [image[0], overlay(image, drawn.images)[0]]
+        label = name if name in PROBABILITIES else f"{name} {strength:g}"
+        rows[label] = shown
+    draw_rows(path, rows)
+
+
+def _picture(image: Tensor) -> np.ndarray:
+    """Return images (B, 3, H, W) of floats in [0, 1] as pictures."""
+    return channels_last((image * 255).round().to(torch.uint8))
 
 
 def _callbacks(
@@ -306,31 +364,30 @@ def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples,
     surroundings.say(str(initialise(module.model, experiment.init)))
 
 
-def new_folder(experiment: Experiment, *, replace: bool = False) -> Path:
+def new_folder(experiment: Experiment) -> Path:
     """Return the folder of a new run.
-
-    Args:
-        experiment: The run.
-        replace: Whether a folder of the run's name will do that holds no checkpoint; its table is removed.
 
     Raises:
         UserError: A run of the name given exists, or its folder cannot be made.
     """
     if experiment.name is not None:
         folder = experiment.output_dir / experiment.name
-        if replace and folder.is_dir() and not any(folder.glob("*.ckpt")):
-            (folder / "metrics.csv").unlink(missing_ok=True)
-        elif folder.exists():
+        if folder.exists():
             raise UserError(f"{folder} exists; choose another --name, or go on with that run by --resume {folder}")
     else:
         base = "-".join([*experiment.task, *(["frozen"] if experiment.backbone_stays else [])])
-        taken = [p.name for p in experiment.output_dir.glob(f"{base}*")]
-        numbers = [int(m[1]) for name in taken if (m := re.fullmatch(rf"{base}-(\d+)", name))]
-        folder = experiment.output_dir / f"{base}-{max(numbers, default=0) + 1}"
+        folder = numbered(experiment.output_dir / base)
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir():
         raise UserError(f"--output-dir {experiment.output_dir}: {parent} is a file; choose another folder")
     return folder
+
+
+def numbered(path: Path) -> Path:
+    """Return a path with the number after the greatest that is taken."""
+    taken = [p.name for p in path.parent.glob(f"{path.name}*")]
+    numbers = [int(m[1]) for name in taken if (m := re.fullmatch(rf"{re.escape(path.name)}-(\d+)", name))]
+    return path.with_name(f"{path.name}-{max(numbers, default=0) + 1}")
 
 
 def _measure(module: MultiTaskModule, samples: Samples, experiment: Experiment) -> dict[str, float]:
@@ -369,7 +426,7 @@ def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, d
     batch = module.on_after_batch_transfer({name: v.to(module.device) for name, v in stored.items()}, 0)
     with torch.no_grad():
         predictions = module(batch["image"])
-    panels: Panels = {"input": Panel(channels_last(stored["image"]))}
+    panels: Panels = {"input": Panel(channels_last(stored["image"].cpu()))}
     targets = {task.name: batch[task.target] for task in module.each_task()}
     for task in module.each_task():
         panels |= task.pictures(predictions[task.name], targets[task.name])

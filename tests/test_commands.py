@@ -81,7 +81,7 @@ class TestPredict:
 
 def test_preview_draws_samples_before_any_training(tmp_path: Path, tiny: list[str]) -> None:
     file = tmp_path / "preview.png"
-    words = ["--task", "segmentation", "depth", "normals", "--data.augment", "light", "--output", str(file)]
+    words = ["--task", "segmentation", "depth", "normals", "--augment", "light", "--output", str(file)]
     assert main(["preview", *words, "--count", "3", *tiny]) == 0
     assert np.asarray(Image.open(file)).std() > 10
     assert not (tmp_path / "runs").exists()

@@ -34,4 +34,7 @@ def main(words: Sequence[str] | None = None, program: str = "python -m mtl") -> 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0

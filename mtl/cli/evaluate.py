@@ -10,8 +10,8 @@ import tyro
 
 from mtl.cli.results import print_results
 from mtl.cli.surroundings import surroundings
-from mtl.cli.words import run_of, take_plugins
-from mtl.config import DataOptions, Experiment, changed, load
+from mtl.cli.words import check_output, run_of, take_plugins
+from mtl.config import DataOptions, Experiment, SourceOptions, changed, load
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.flags import Code, flags_of, parse, values_of, with_values
@@ -39,24 +39,19 @@ class _Evaluate(Run):
 def run(words: list[str], program: str, description: str) -> None:
     """Measure a run's best checkpoint."""
     take_plugins(words)
-    # The run's own data are the defaults of --data.*, so that --help shows them and a flag changes one field.
     folder = run_of(words)
-    stored = load(folder / "config.yaml") if folder else Experiment()
-    data = flags_of(DataOptions, prefix=True)
-    field = dataclasses.field(default_factory=lambda: with_values(data, stored.data.model_dump()))
-    flags_type = dataclasses.make_dataclass("Evaluate", [("data", data, field)], bases=(_Evaluate,), kw_only=True)
-    flags = parse(flags_type, None, words, program, description)
-    check_run(folder, flags.run)
+    flags, stored = _parse(folder, words, program, description)
+    if flags.run != folder:  # another run stands among the words, as the value of a flag
+        check_run(flags.run)
+        flags, stored = _parse(flags.run, words, program, description)
     if flags.split not in SPLITS:
         raise UserError(f"--split {flags.split!r}{nearest(flags.split, SPLITS)} is one of {', '.join(SPLITS)}")
     changes: dict[str, Any] = {name: getattr(flags, name) for name in ("batch_size", "device", "devices", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if (given := values_of(flags.data)) != stored.data.model_dump():
-        # Other data are measured by themselves.
-        changes |= {"data": given, "more_data": []}
+    changes["data"], changes["more_data"] = _data(values_of(flags.data), stored)
     changed(stored, changes)  # refuses a wrong value before anything heavy is loaded
-    if flags.json is not None and not flags.json.absolute().parent.is_dir():
-        raise UserError(f"--json {flags.json}: its folder does not exist; make it first, or give another")
+    if flags.json is not None:
+        check_output("--json", flags.json)
     here = surroundings()
     from mtl.experiment import evaluate
 
@@ -68,15 +63,35 @@ def run(words: list[str], program: str, description: str) -> None:
         print(f"\nwritten to {flags.json}")
 
 
-def check_run(found: Path | None, given: Path) -> None:
+def _parse(folder: Path | None, words: list[str], program: str, description: str) -> tuple[Any, Experiment]:
+    """Return the flags, and the run's experiment, whose data are the defaults of --data.*."""
+    stored = load(folder / "config.yaml") if folder else Experiment()
+    data = flags_of(DataOptions, prefix=True)
+    field = dataclasses.field(default_factory=lambda: with_values(data, stored.data.model_dump()))
+    flags = dataclasses.make_dataclass("Evaluate", [("data", data, field)], bases=(_Evaluate,), kw_only=True)
+    return parse(flags, None, words, program, description), stored
+
+
+def _data(given: dict[str, Any], stored: Experiment) -> tuple[dict[str, Any], list[Any]]:
+    """Return the options of the data to measure on, and of further data sets.
+
+    Other data than the run's are measured by themselves, and what only the run's own data set knows is left behind.
+    """
+    own = stored.data.model_dump()
+    differs = {name for name in SourceOptions.model_fields if given[name] != own[name]}
+    if not differs:
+        return given, [source.model_dump() for source in stored.more_data]
+    if "name" in differs:
+        defaults = {name: info.get_default() for name, info in SourceOptions.model_fields.items()}
+        given |= {name: value for name, value in defaults.items() if name not in differs}
+    return given | {"ratio": None}, []
+
+
+def check_run(given: Path) -> None:
     """Refuse a folder that is not a run's.
 
-    Args:
-        found: The run that `run_of` found.
-        given: What the command line says.
-
     Raises:
-        UserError: They are not the same.
+        UserError: It is not.
     """
-    if found is None or found != given:
+    if not (given / "config.yaml").is_file():
         raise UserError(f"{given} is not a run's folder, which holds config.yaml and best.ckpt")

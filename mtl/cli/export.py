@@ -8,7 +8,7 @@ import tyro
 
 from mtl.cli.evaluate import Run, check_run
 from mtl.cli.surroundings import surroundings
-from mtl.cli.words import run_of, take_plugins
+from mtl.cli.words import take_plugins
 from mtl.errors import UserError, nearest
 from mtl.flags import parse
 
@@ -32,9 +32,8 @@ class _Export(Run):
 def run(words: list[str], program: str, description: str) -> None:
     """Export a run's best checkpoint, and say how far its answers are from the model's."""
     take_plugins(words)
-    folder = run_of(words)
     flags = parse(_Export, None, words, program, description)
-    check_run(folder, flags.run)
+    check_run(flags.run)
     for name in flags.format:
         if name not in FORMATS:
             raise UserError(f"--format {name!r}{nearest(name, FORMATS)} is one of {', '.join(FORMATS)}")

@@ -8,7 +8,7 @@ import tyro
 
 from mtl.cli.evaluate import Run, check_run
 from mtl.cli.surroundings import surroundings
-from mtl.cli.words import run_of, take_plugins
+from mtl.cli.words import take_plugins
 from mtl.config import changed, load
 from mtl.errors import UserError, nearest
 from mtl.flags import parse
@@ -34,9 +34,8 @@ class _Predict(Run):
 def run(words: list[str], program: str, description: str) -> None:
     """Predict images with a run's best checkpoint."""
     take_plugins(words)
-    folder = run_of(words)
     flags = parse(_Predict, None, words, program, description)
-    check_run(folder, flags.run)
+    check_run(flags.run)
     if not flags.images:
         raise UserError(f"name pictures, a folder of them or a glob after {flags.run}")
     if flags.scale not in SCALES:

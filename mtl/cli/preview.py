@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from mtl.cli.surroundings import surroundings
-from mtl.cli.words import base_of, take_plugins
+from mtl.cli.words import base_of, check_output, take_plugins
 from mtl.config import validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values
@@ -33,10 +33,10 @@ def run(words: list[str], program: str, description: str) -> None:
         raise UserError(f"--count {count} must be at least 1")
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output} must end in .png")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: its folder does not exist; make it first, or give another")
+    check_output("--output", output)
     here = surroundings()
     from mtl.experiment import preview
 
-    preview(experiment, here, output, count)
-    print(f"written to {output}")
+    files = preview(experiment, here, output, count)
+    for written in files:
+        print(f"written to {written}")

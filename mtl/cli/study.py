@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from mtl.cli.surroundings import surroundings
+from mtl.cli.words import check_output
 from mtl.config import DECODERS
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
@@ -34,8 +35,10 @@ def _backbones(words: list[str], program: str) -> None:
             raise UserError(f"--decoders {decoder!r}{nearest(decoder, DECODERS)}; there are {', '.join(DECODERS)}")
     if min(flags.size) < 16:
         raise UserError(f"--size {flags.size[0]} {flags.size[1]}: height and width must be at least 16 pixels")
-    if flags.output is not None and not flags.output.absolute().parent.is_dir():
-        raise UserError(f"--output {flags.output}: its folder does not exist; make it first, or give another")
+    if not flags.decoders:
+        raise UserError(f"--decoders names none; there are {', '.join(DECODERS)}")
+    if flags.output is not None:
+        check_output("--output", flags.output)
     surroundings()
     from mtl.studies.backbones import FAMILIES, markdown, study
 

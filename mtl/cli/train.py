@@ -51,8 +51,8 @@ def run(words: list[str], program: str, description: str) -> None:
     flags = train_flags(_Files)
     base = base_of(words)
     given = _parse(flags, base, words, program, description)
-    resume, wants_resume = None, given["resume"] is not None
-    if wants_resume:
+    resume = None
+    if given["resume"] is not None:
         if given["config"] is not None:
             raise UserError("--resume goes on with the run's own configuration; leave --config out")
         resume = _run_to_resume(given["resume"], given["name"], Path(given["output_dir"]))
@@ -62,7 +62,6 @@ def run(words: list[str], program: str, description: str) -> None:
     for name in ("plugin", "config", "resume"):
         given.pop(name)
     print_config = given.pop("print_config")
-    given_up = resume is None and wants_resume
     experiment = validate(
         given | {"needs_plugins": [str(path) for path in registry.plugins.values()], "more_data": base.more_data}
     )
@@ -78,8 +77,7 @@ def run(words: list[str], program: str, description: str) -> None:
     if resume is None:
         if rank() == 0:
             # Lightning starts the other processes of this machine by this very command line.
-            # A run of this name that was stopped before its first checkpoint has nothing to keep.
-            os.environ[FOLDER] = str(new_folder(experiment, replace=given_up))
+            os.environ[FOLDER] = str(new_folder(experiment))
         here = dataclasses.replace(here, folder=folder_of_run(experiment))
     outcome = train(experiment, here, resume)
     if rank() > 0:
@@ -109,24 +107,38 @@ def _run_to_resume(word: str, name: str | None, output_dir: Path) -> Path | None
         runs = [run for run in runs if (run / "last.ckpt").is_file()]
         newest = max(runs, key=lambda run: (run / "last.ckpt").stat().st_mtime, default=None)
         print(f"resuming {newest}" if newest else "nothing to resume; starting a new run")
+        if newest is None and name and (output_dir / name).is_dir():
+            from mtl.experiment import numbered
+
+            aside = numbered(output_dir / f"{name}-stopped")
+            (output_dir / name).rename(aside)
+            print(f"{output_dir / name} was stopped before its first checkpoint, and is now {aside}")
         return newest
     run = Path(word) if Path(word).is_dir() else output_dir / word
     if not (run / "last.ckpt").is_file() or not (run / "config.yaml").is_file():
         raise UserError(
-            f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give the folder of a run that has "
-            "come to its first checkpoint"
+            f"--resume {word}: {run} holds no last.ckpt and config.yaml to go on from; give the folder of a run that "
+            "has come to its first checkpoint"
         )
     return run
 
 
 def _check_same_run(stored: Experiment, experiment: Experiment, run: Path) -> None:
-    before, after = stored.model_dump(mode="json"), experiment.model_dump(mode="json")
+    before, after = (_flat(e.model_dump(mode="json")) for e in (stored, experiment))
     for name, value in after.items():
         if value != before[name] and name not in MAY_CHANGE:
             raise UserError(
                 f"--resume: {name.replace('_', '-')} is {value} here and {before[name]} in {run}, which would be "
                 f"another run; leave it out, or start a new run with --init {run}"
             )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return flat
 
 
 def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:

@@ -1,10 +1,12 @@
 """What must be known of a command line before it can be parsed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mtl.cli.surroundings import before_imports
 from mtl.config import Experiment, load
+from mtl.errors import UserError
 
 
 def values_of_flag(words: Sequence[str], flag: str, count: int | None = None) -> list[str]:
@@ -41,6 +43,20 @@ def base_of(words: Sequence[str]) -> Experiment:
     """Return the experiment of the file that `--config` names, whose values are the flags' defaults."""
     file = values_of_flag(words, "--config", 1)
     return load(Path(file[0])) if file else Experiment()
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done for it.
+
+    Raises:
+        UserError: Its folder is missing or not writable, or it is itself a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {path}: its folder does not exist; make it first, or give another")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{flag} {path}: its folder cannot be written to; give another")
 
 
 def run_of(words: Sequence[str]) -> Path | None:

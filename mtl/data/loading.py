@@ -163,14 +163,10 @@ class Samples(Dataset[Batch]):
         hidden: dict[str, frozenset[int]] | None = None,
         augment: Augment | None = None,
         seed: int = 0,
-        in_memory: bool = False,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.source, self.indices, self.targets = source, list(indices), tuple(targets)
         self.hidden, self.augment, self.seed = hidden or {}, augment, seed
         self.stored: Batch | None = None
-        if in_memory:
-            self.keep("memory", progress=progress)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -343,9 +339,13 @@ class Loader(DataLoader[Batch]):
         # Workers are ahead anyway, and what a device has to select it queues behind the running step.
         if self.pin_memory and not self.num_workers:
             batches = _one_ahead(batches)
-        for batch in batches:
-            self._handed_out += 1
-            yield batch
+        try:
+            for batch in batches:
+                self._handed_out += 1
+                yield batch
+        except UserError as error:
+            # A worker's comes with the worker's traceback before it.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("mtl.errors.UserError: ")) from None
 
     def state_dict(self) -> dict[str, Any]:
         """Return where in its epoch this loader is."""

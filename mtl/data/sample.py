@@ -11,11 +11,15 @@ key            batch (torch)              sample (NumPy)             unit       
 `depth`        (B, 1, H, W) float32       (H, W) float32             metre            0
 `normals`      (B, 3, H, W) float32       (H, W, 3) float32          unit vector      (0, 0, 0)
 `intrinsics`   (B, 3, 3) float32          (3, 3) float32             pixel            all zero
+`draw`         (B, 2) int64               --                         --               position -1
 ============== ========================== ========================== ================ ==============
 
 Depth is the distance along the optical axis. Normals live in the camera's frame, x right, y down,
 z forward, so that a surface facing the camera has z < 0. Pixel (column 0, row 0) has its centre at
 the image coordinate (0, 0), which is where `intrinsics` puts its principal point's origin.
+
+`draw` is where in training a sample is used: its epoch, and its position in the epoch's order. Loaders give depth
+and normals as float16, in which they are kept; `as_floats` makes of a batch what is computed with.
 
 A label that does not exist is a target without a valid pixel. That is how samples with only some
 of the labels share a batch: a loss averages over valid pixels, and a task with none contributes
@@ -104,3 +108,10 @@ class Source(Protocol):
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
         """Return samples with `image` and those of `targets` that each has; a missing label's key is absent."""
         ...
+
+
+def as_floats(batch: Batch) -> Batch:
+    """Return a loader's batch with floats: the image in [0, 1], depth and normals in single precision."""
+    floats = {name: v.float() if name in ("image", "depth", "normals") else v for name, v in batch.items()}
+    floats["image"] = floats["image"] / 255
+    return floats

@@ -1,7 +1,8 @@
 """Prediction of images of any size."""
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional
 from mtl.data.fitting import resample
 from mtl.errors import UserError
 from mtl.prediction.images import Picture, pixels
+from mtl.prediction.tta import SCALES, AveragedViews
 from mtl.prediction.windows import Cover, blend, cover, resize
+from mtl.tasks.base import Task
 from mtl.training.module import MultiTaskModule
 
 ONE_PASS = 4
@@ -34,16 +37,18 @@ class Predictor:
     through the model in overlapping windows of that size, unless the backbone takes any size and the image is not
     much larger. Windows are blended before anything else is made of the heads' outputs, and the outputs are
     resampled to the image's own size before they become predictions: so classes are decided, and normals
-    normalised, last.
+    normalised, last. With test-time augmentation this holds of the mean over views in place of the outputs.
 
     Args:
         module: Model and tasks; it is put into evaluation mode. Its device and type are used.
         scale: 'fit' brings images to the scale of training; 'native' leaves them as they are.
         overlap: Share of its length by which a window overlaps the next, at least 0 and less than 1.
         batch_size: Windows in a batch.
+        tta: Whether to ask about each window's mirror image, and about both at other scales, and to average
+            (`AveragedViews`): True for the usual scales, or these scales beside 1, of which there may be none.
 
     Raises:
-        UserError: An option is not allowed.
+        UserError: An option is not allowed, or not with this backbone.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Predictor:
         scale: Literal["fit", "native"] = "fit",
         overlap: float = 0.25,
         batch_size: int = 8,
+        tta: bool | Sequence[float] = False,
     ) -> None:
         if scale not in ("fit", "native"):
             raise UserError(f"the scale {scale!r} is not one of fit, native")
@@ -65,6 +71,7 @@ class Predictor:
         self.scale = scale
         self.overlap = overlap
         self.batch_size = batch_size
+        self._views = None if tta is False else AveragedViews(module, SCALES if tta is True else tta)
         self._size = module.options.data.size
         self._fixed = "img_size" in module.model.backbone.size_arguments
 
@@ -90,13 +97,15 @@ class Predictor:
         height, width = scaled.shape[1:]
         window = self._window(height, width)
         rows, columns = cover(height, window[0], self.overlap), cover(width, window[1], self.overlap)
-        strips = blend(self._outputs(scaled, rows, columns), rows, columns)
-        channels = [task.channels for task in self.tasks]
+        strips = blend(self._answers(scaled, rows, columns), rows, columns)
+        shapes = [self._shape(task) for task in self.tasks]
+        channels = [math.prod(shape) for shape in shapes]
         bands = resize(strips, (height, width), size, max(1, _BAND // (sum(channels) * max(width, size[1]))))
         parts: dict[str, list[Tensor]] = {task.name: [] for task in self.tasks}
         for band in bands:
-            for task, outputs in zip(self.tasks, band.split_with_sizes(channels), strict=True):
-                parts[task.name].append(task.predict(outputs[None])[0].cpu())
+            for task, shape, answer in zip(self.tasks, shapes, band.split_with_sizes(channels), strict=True):
+                predict = task.predict if self._views is None else task.harden
+                parts[task.name].append(predict(answer.reshape(1, *shape, *answer.shape[1:]))[0].cpu())
         return {name: torch.cat(bands, dim=-2) for name, bands in parts.items()}
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -119,10 +128,20 @@ class Predictor:
             return height, width
         return self._size
 
-    def _outputs(self, image: Tensor, rows: Cover, columns: Cover) -> Iterator[Tensor]:
-        """Yield the heads' outputs (C, rows.window, columns.window) for each window, all tasks' channels in a row."""
-        model = self.module.model
-        parameter = next(model.parameters())
+    def _shape(self, task: Task) -> tuple[int, ...]:
+        """Return the axes of a task's answers between those of the batch and of the image."""
+        if self._views is None:
+            return (task.channels,)
+        device = next(self.module.model.parameters()).device
+        return tuple(task.soft(torch.zeros(1, task.channels, 1, 1, device=device)).shape[1:-2])
+
+    def _answers(self, image: Tensor, rows: Cover, columns: Cover) -> Iterator[Tensor]:
+        """Yield (C, rows.window, columns.window) for each window, all tasks' channels in a row.
+
+        They are the heads' outputs, or with test-time augmentation the means of what can be averaged.
+        """
+        ask: Callable[[Tensor], Mapping[str, Tensor]] = self.module.model if self._views is None else self._views.soft
+        parameter = next(self.module.model.parameters())
         layout = torch.channels_last if self.module.options.channels_last else torch.contiguous_format
         # A backbone that takes but one size gets small images extended as the model itself would extend them.
         least = self._size if self._fixed else (0, 0)
@@ -135,6 +154,11 @@ class Predictor:
                 batch = batch / 255
             if any(padding):
                 batch = functional.pad(batch, padding, mode="replicate")
-            outputs = model(batch.contiguous(memory_format=layout))
-            joined = torch.cat([outputs[task.name] for task in self.tasks], dim=1)
+            answers = ask(batch.contiguous(memory_format=layout))
+            joined = torch.cat([_with_channels(answers[task.name]) for task in self.tasks], dim=1)
             yield from joined[..., : rows.window, : columns.window]
+
+
+def _with_channels(maps: Tensor) -> Tensor:
+    """Return (B, C, H, W) for that or (B, H, W)."""
+    return maps if maps.dim() == 4 else maps[:, None]

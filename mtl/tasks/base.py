@@ -3,13 +3,17 @@
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from mtl.data.sample import Batch
+from mtl.errors import UserError
+
+DepthConvention = Literal["metric", "canonical"]
+"""What enlarging a picture means: a longer focal length, or that everything has come nearer."""
 
 
 class Scale(NamedTuple):
@@ -93,6 +97,43 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
         """Turn the head's outputs into the prediction in the target's own form and unit, each pixel by itself."""
+
+    def soft(self, outputs: Tensor) -> Tensor:
+        """Return what predictions of several views or models are averaged in: floats, (B, H, W) or (B, C, H, W).
+
+        Each pixel by itself; ``harden(soft(outputs))`` is ``predict(outputs)``. The default is `predict`, which is
+        right where that gives floats whose mean makes sense, such as a depth or a probability.
+
+        Raises:
+            UserError: The default, where `predict` gives no floats.
+        """
+        prediction = self.predict(outputs)
+        if not prediction.is_floating_point():
+            raise UserError(
+                f"predictions of the task {self.name!r} are of the type {prediction.dtype} and have no mean:"
+                " its class must say what to average, and what follows from the mean, in the methods soft and harden"
+            )
+        return prediction
+
+    def harden(self, soft: Tensor) -> Tensor:
+        """Return the prediction, as `predict` does, that a result of `soft` or a mean of several stands for."""
+        return soft
+
+    def mirrored(self, soft: Tensor) -> Tensor:
+        """Return what a result of `soft` for the mirror image (left to right) says of the image itself."""
+        return soft.flip(-1)
+
+    def rescaled(self, soft: Tensor, factor: float, convention: DepthConvention = "metric") -> Tensor:
+        """Return what a result of `soft` for an enlarged image says of the image itself, still at the enlarged size.
+
+        The default is that it says the same.
+
+        Args:
+            soft: Of the enlarged image.
+            factor: By which height and width were enlarged; less than 1 where the image was shrunk.
+            convention: What that meant in training, see `mtl.augmentation.camera`.
+        """
+        return soft
 
     @abstractmethod
     def constant(self, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from mtl.config import DepthOptions
 from mtl.data.sample import Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
+from mtl.tasks.base import DepthConvention, Panel, Scale, Task, masked_mean, no_labels
 from mtl.tasks.colours import number_colours
 
 NEAREST = 1e-3
@@ -129,6 +129,12 @@ class Depth(Task):
     def predict(self, outputs: Tensor) -> Tensor:
         """Return depth in metres, (B, 1, H, W), at least `NEAREST`."""
         return F.softplus(outputs.to(torch.promote_types(outputs.dtype, torch.float32))) + NEAREST
+
+    def rescaled(self, soft: Tensor, factor: float, convention: DepthConvention = "metric") -> Tensor:
+        """Return the depth of the image itself: under the canonical convention, enlarging divided it by the factor."""
+        if convention == "metric":
+            return soft
+        return soft / factor if self.inverse else soft * factor
 
     def constant(self, target: Tensor) -> Tensor:
         """Return the mean depth of the training labels everywhere, (B, 1, H, W)."""

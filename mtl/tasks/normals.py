@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from mtl.data.sample import Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
+from mtl.tasks.base import DepthConvention, Panel, Scale, Task, masked_mean, no_labels
 from mtl.tasks.colours import number_colours
 
 SHORTEST = 0.1
@@ -110,6 +110,25 @@ class Normals(Task):
     def predict(self, outputs: Tensor) -> Tensor:
         """Return unit vectors (B, 3, H, W); an output of zero faces the camera."""
         return directions(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
+
+    def harden(self, soft: Tensor) -> Tensor:
+        """Return the directions (B, 3, H, W) of means of unit vectors; a mean of zero faces the camera."""
+        return directions(soft)
+
+    def mirrored(self, soft: Tensor) -> Tensor:
+        """Return the normals of the image itself: at the mirrored pixel, with the opposite x."""
+        x, y, z = soft.flip(-1).unbind(1)
+        return torch.stack([-x, y, z], 1)
+
+    def rescaled(self, soft: Tensor, factor: float, convention: DepthConvention = "metric") -> Tensor:
+        """Return the normals of the image itself: under the canonical convention, enlarging multiplied z by the factor.
+
+        Enlarging by s takes a point (X, Y, Z) to (X, Y, Z / s), and so a normal to (n_x, n_y, s n_z), normalised.
+        """
+        if convention == "metric":
+            return soft
+        x, y, z = soft.unbind(1)
+        return directions(torch.stack([x, y, z / factor], 1))
 
     def constant(self, target: Tensor) -> Tensor:
         """Return the mean direction of the training labels everywhere, (B, 3, H, W)."""

@@ -137,6 +137,14 @@ class Segmentation(Task):
         """Return the likeliest class of each pixel, (B, H, W) int64."""
         return outputs.argmax(dim=1)
 
+    def soft(self, outputs: Tensor) -> Tensor:
+        """Return the classes' probabilities, (B, C, H, W), in single precision at least."""
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).softmax(dim=1)
+
+    def harden(self, soft: Tensor) -> Tensor:
+        """Return the likeliest class of each pixel, (B, H, W) int64."""
+        return soft.argmax(dim=1)
+
     def constant(self, target: Tensor) -> Tensor:
         """Return the most frequent class of the training labels everywhere, (B, H, W) int64."""
         return self.frequency.argmax().to(target.device).expand(target.shape)

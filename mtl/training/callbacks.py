@@ -140,25 +140,32 @@ class Recorder(Callback):
         if step == self._recorded or step % LOG_EVERY:
             return
         self._recorded = step
-        terms = {name: float(value) for name, value in pl_module.terms.items()}
-        for name, value in terms.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} became {value} at step {step}, so training stopped; a lower --lr, --clip 1 or "
-                    "--precision 32-true usually helps"
-                )
+        terms = self._finite(pl_module.terms, step)
         terms["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         self._log(trainer, terms)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record the metrics."""
         assert isinstance(pl_module, MultiTaskModule)
+        self._finite(pl_module.terms, trainer.global_step)
         self._log(trainer, pl_module.results)
         self.history.save()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the table a last time."""
         self.history.save()
+
+    @staticmethod
+    def _finite(terms: dict[str, Tensor], step: int) -> dict[str, float]:
+        """Return the last step's losses and weights as numbers, which ends a training that has diverged."""
+        numbers = {name: float(value) for name, value in terms.items()}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} became {value} at step {step}, so training stopped; a lower --lr, --clip 1 or "
+                    "--precision 32-true usually helps"
+                )
+        return numbers
 
     @staticmethod
     def _log(trainer: lightning.Trainer, values: dict[str, float]) -> None:
@@ -261,7 +268,8 @@ def count_from(trainer: lightning.Trainer, epoch: int, step: int) -> None:
     Everything that depends on them (the order of samples, the draws of augmentation, what is recorded) then goes on.
     """
     progress = cast(ProcessedTracker, trainer.fit_loop.epoch_progress.current)
-    progress.processed = progress.completed = epoch
+    # All four: from their differences Lightning tells, on resume, what of an epoch was done.
+    progress.ready = progress.started = progress.processed = progress.completed = epoch
     trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from mtl.config import Experiment
-from mtl.data.sample import Batch, DataInfo
+from mtl.data.sample import Batch, DataInfo, as_floats
 from mtl.models.multitask import MultiTaskModel
 from mtl.tasks.base import Task
 from mtl.transfer.groups import parameter_groups
@@ -37,6 +37,7 @@ class MultiTaskModule(lightning.LightningModule):
         options: Optimizer, schedule and the like; all of it is stored in checkpoints.
         total_steps: Optimizer steps of the fit, for the schedule.
         info: What is known of the data, stored in checkpoints.
+        augmentation: A random change of training batches on the device, a function of the batch and its `draw`.
 
     Attributes:
         thawed_at: Epochs and optimizer steps done when the backbone thawed, or None.
@@ -53,6 +54,7 @@ class MultiTaskModule(lightning.LightningModule):
         options: Experiment,
         total_steps: int,
         info: DataInfo,
+        augmentation: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,6 +63,7 @@ class MultiTaskModule(lightning.LightningModule):
         self.options = options
         self.total_steps = total_steps
         self.info = info
+        self.augmentation = augmentation
         self.thawed_at: tuple[int, int] | None = None
         self.measured = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.baseline = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
@@ -91,13 +94,12 @@ class MultiTaskModule(lightning.LightningModule):
         return {task.name: task.predict(outputs[task.name]) for task in self.each_task()}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Turn stored types into those to compute with, once the batch is on the device."""
-        batch = dict(batch)
+        """Turn stored types into those to compute with, once the batch is on the device, and augment in training."""
+        batch = as_floats(batch)
+        if self.training and self.augmentation is not None:
+            batch = self.augmentation(batch)
         layout = torch.channels_last if self._channels_last() else torch.contiguous_format
-        batch["image"] = (batch["image"].to(self.dtype) / 255).contiguous(memory_format=layout)
-        for name in ("depth", "normals"):
-            if name in batch:
-                batch[name] = batch[name].float()
+        batch["image"] = batch["image"].to(self.dtype).contiguous(memory_format=layout)
         return batch
 
     def _channels_last(self) -> bool:

@@ -106,6 +106,20 @@ def _draw_scale(figure: Figure, axes: Axes, scale: Scale) -> None:
     bar.outline.set_linewidth(0.4)
 
 
+def draw_rows(path: Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Write rows of pictures (H, W, 3) uint8 with a label at the left of each."""
+    count = max(len(pictures) for pictures in rows.values())
+    height, width = next(iter(rows.values()))[0].shape[:2]
+    figure = Figure(figsize=(1.5 * count + 1, 1.5 * len(rows) * height / width), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for line, (label, pictures) in zip(grid, rows.items(), strict=True):
+        line[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(picture, aspect="auto")
+            axes.set(xticks=[], yticks=[])
+    _save(figure, path)
+
+
 def channels_last(images: Tensor) -> np.ndarray:
     """Return images (B, 3, H, W) as pictures (B, H, W, 3)."""
     return images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -4,6 +4,8 @@ import importlib
 import json
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtl.config import SHIPPED_BACKBONE
 from mtl.errors import UserError, nearest
@@ -138,16 +140,17 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(f"{path} is damaged or not a safetensors file ({error}); give another") from None
     checkpoint = load_checkpoint(path)
     experiment = checkpoint.get("experiment")
-    if isinstance(experiment, Mapping) and "backbone" in experiment and "state_dict" in checkpoint:
-        return checkpoint["state_dict"], {"experiment": experiment, "backbone": experiment["backbone"]}
+    metadata = {}
+    if isinstance(experiment, Mapping) and "backbone" in experiment:
+        metadata = {"experiment": experiment, "backbone": experiment["backbone"]}
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
-    state = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
+    state = {n: v for n, v in checkpoint.items() if isinstance(n, str) and isinstance(v, Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors by name; give a checkpoint or a state dict")
-    return state, {}
+    return state, metadata
 
 
 def save_backbone(backbone: Backbone, path: Path, provenance: Mapping[str, Any]) -> None:
@@ -182,12 +185,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: The file is missing, damaged, no checkpoint, or holds pickled code, which is never run.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about a pickle's protocol, right before refusing it
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error})"
         raise UserError(f"{path} {reason}; give another, such as the run's last.ckpt") from None
     except Exception as error:  # noqa: BLE001  # on damaged bytes torch's reader raises almost anything
-        if isinstance(error, pickle.UnpicklingError) and re.search("Unsupported (global|class)", str(error)):
+        if isinstance(error, pickle.UnpicklingError) and _holds_code(path, str(error)):
             raise UserError(
                 f"{path} holds pickled code, which is never run; save its tensors alone, best as safetensors"
             ) from None
@@ -197,6 +201,64 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another")
     return checkpoint
+
+
+def _holds_code(path: Path, complaint: str) -> bool:
+    """Return whether the unpickler refused a file for what it holds, rather than because it is damaged."""
+    # A truncated archive is none: its directory is at the end. And torch writes no bare pickle of protocol 4 or 5.
+    with path.open("rb") as file:
+        bare = file.read(2) in (b"\x80\x04", b"\x80\x05")
+    return bare or zipfile.is_zipfile(path) or bool(re.search("unsupported (global|class)", complaint, re.IGNORECASE))
+
+
+def require(checkpoint: Mapping[str, Any], path: Path, *names: str) -> None:
+    """Check that a checkpoint has what is about to be taken from it.
+
+    Args:
+        checkpoint: What `load_checkpoint` returned.
+        path: Its file, for the message.
+        names: Entries that must be there, such as 'state_dict'.
+
+    Raises:
+        UserError: An entry is missing.
+    """
+    if missing := [repr(name) for name in names if name not in checkpoint]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}, which a run's checkpoint has: it was changed, or another program "
+            "wrote it; give another, such as the run's last.ckpt or best.ckpt"
+        )
+
+
+def load_weights(module: nn.Module, state_dict: Any, path: Path) -> None:
+    """Load a checkpoint's weights into the module that it was made of, all or none.
+
+    Args:
+        module: The module, built with the experiment that the checkpoint holds.
+        state_dict: What the checkpoint holds as such.
+        path: The checkpoint's file, for the message.
+
+    Raises:
+        UserError: Tensors are missing, have another shape, or have no place in the module.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise UserError(f"{path} holds no tensors by name, but a {type(state_dict).__name__}; give another")
+    wanted = module.state_dict()
+    misfits = {
+        "missing": [n for n in wanted if n not in state_dict],
+        "of another shape": [n for n, v in wanted.items() if n in state_dict and _shape(state_dict[n]) != _shape(v)],
+        "unknown": [str(n) for n in state_dict if n not in wanted],
+    }
+    if complaints := [f"{len(names)} {what} ({_some(names)})" for what, names in misfits.items() if names]:
+        raise UserError(
+            f"{path} does not fit the model of its own experiment, which has {len(wanted)} tensors: "
+            f"{', '.join(complaints)}; it was changed, or another version wrote it, so give another or train again"
+        )
+    module.load_state_dict(state_dict)
+
+
+def _shape(value: Any) -> Any:
+    """Return a tensor's shape; a module may keep other values beside its tensors, which have none."""
+    return getattr(value, "shape", None)
 
 
 def timm_names(backbone: Backbone, own: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from test_cityscapes import written as streets  # noqa: F401 (a fixture)
 from test_nyuv2 import write_arrays
 from test_nyuv2 import written as rooms  # noqa: F401 (a fixture)
 
-from mtl.augmentation.loader import LoaderAugmentation
+from mtl.augmentation.pipeline import Pipeline
 from mtl.data.caching import Cache, choose, stamp
 from mtl.data.cityscapes import Cityscapes
 from mtl.data.combined import Combined
@@ -31,6 +31,9 @@ COUNT = 43
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+PIPELINE = Pipeline(["HorizontalFlip", {"ColorJitter": {"p": 1}}, "GaussNoise"], "a test", (6, 10))
+"""Random changes of geometry, colour and single pixels."""
 
 
 class Noise:
@@ -96,8 +99,8 @@ def epoch(samples: Samples, epoch: int, *, shuffle: bool = True, rank: int = 0, 
 
 class TestBatches:
     @pytest.mark.parametrize("cache", ["device", "memory", "disk", pytest.param("gpu", marks=ON_GPU)])
-    @pytest.mark.parametrize("augment", [None, LoaderAugmentation("light")])
-    def test_are_the_same_bit_for_bit(self, tmp_path: Path, cache: str, augment: LoaderAugmentation | None) -> None:
+    @pytest.mark.parametrize("augment", [None, PIPELINE])
+    def test_are_the_same_bit_for_bit(self, tmp_path: Path, cache: str, augment: Pipeline | None) -> None:
         if cache == "gpu" and augment:
             pytest.skip("samples on a GPU are augmented there")
         device = CUDA if cache == "gpu" else CPU
@@ -240,7 +243,7 @@ class TestDisk:
         assert str(file) in maps.read_text()
 
     def test_workers_get_the_files_name_and_not_its_content(self, tmp_path: Path) -> None:
-        samples = make("disk", tmp_path, augment=LoaderAugmentation("light"))
+        samples = make("disk", tmp_path, augment=PIPELINE)
         sent = bytes(ForkingPickler.dumps(samples.stored))
         assert len(sent) < 1000 < sum(values.nbytes for values in samples.stored.values())
         same(pickle.loads(sent), samples.stored)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl.augmentation.loader import LoaderAugmentation
+from mtl.augmentation.pipeline import Pipeline
 from mtl.data.loading import (
     Batches,
     Key,
@@ -20,6 +20,9 @@ from mtl.data.loading import (
 )
 from mtl.data.sample import TARGETS, DataInfo, Sample
 from mtl.errors import UserError
+
+PIPELINE = Pipeline(["HorizontalFlip", {"ColorJitter": {"p": 1}}, "GaussNoise"], "a test", (8, 12))
+"""Random changes of geometry, colour and single pixels."""
 
 
 class Numbers:
@@ -274,7 +277,7 @@ class TestSamples:
         assert (samples.stored["depth"][0] > 0).all()
 
     def test_augmentation_is_a_function_of_seed_epoch_and_position(self) -> None:
-        samples = make(augment=LoaderAugmentation("colour"))
+        samples = make(augment=PIPELINE)
         alone = samples.__getitems__([Key(5, 2, 11)])["image"][0]
         among = samples.__getitems__([Key(3, 2, 10), Key(5, 2, 11), Key(8, 2, 12)])["image"][1]
         assert torch.equal(alone, among)
@@ -305,7 +308,7 @@ class TestLoader:
     @pytest.mark.parametrize("cache", ["memory", "none"])
     def test_workers_do_not_change_what_is_loaded(self, cache: str) -> None:
         def load(workers: int) -> list:
-            samples = make(cache, LoaderAugmentation("light"))
+            samples = make(cache, PIPELINE)
             return list(Loader(samples, Batches(23, 4, shuffle=True, seed=1), workers))
 
         for here, there in zip(load(0), load(2), strict=True):
@@ -314,7 +317,7 @@ class TestLoader:
     @pytest.mark.parametrize(("workers", "pinned"), [(0, False), (0, True), (2, False)])
     def test_goes_on_in_the_middle_of_an_epoch(self, workers: int, pinned: bool) -> None:
         def loader() -> Loader:
-            samples = make(augment=LoaderAugmentation("colour"))
+            samples = make(augment=PIPELINE)
             return Loader(samples, Batches(23, 4, shuffle=True), workers, pinned)
 
         whole = loader()

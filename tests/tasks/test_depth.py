@@ -21,10 +21,13 @@ from torchmetrics.regression import (
     MeanSquaredLogError,
 )
 
+from mtl.augmentation.geometry import Warp, scale
+from mtl.augmentation.resampling import warp
 from mtl.config import DepthOptions
 from mtl.data.decoding import LABEL_SIZES, read_depth
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
+from mtl.tasks.base import DepthConvention
 from mtl.tasks.depth import (
     POOLED,
     Depth,
@@ -524,3 +527,27 @@ class TestEncode:
     def test_what_is_no_number_is_no_measurement(self) -> None:
         files = make().encode(torch.tensor([[[math.nan, 2.0, math.inf]]]))
         assert np.array(Image.open(io.BytesIO(files[".png"]))).tolist() == [[0, 2000, 0]] and ".json" not in files
+
+
+class TestSoft:
+    """What several views or models are averaged in."""
+
+    def test_is_the_prediction(self) -> None:
+        outputs = 30 * torch.randn(2, 1, 5, 7)
+        assert torch.equal(make().harden(make().soft(outputs)), make().predict(outputs))
+
+    @pytest.mark.parametrize("task", [make(), INVERSE], ids=["depth", "inverse depth"])
+    @pytest.mark.parametrize("zoom", [0.5, 1.25])
+    @pytest.mark.parametrize("convention", ["metric", "canonical"])
+    def test_undoes_what_augmentation_does_to_labels(
+        self, task: Depth, zoom: float, convention: DepthConvention
+    ) -> None:
+        """A model that has learnt the labels of enlarged pictures says nothing new of the picture itself."""
+        size = (8, 12)
+        depth = torch.linspace(1, 9, 4).view(4, 1, 1, 1).expand(4, 1, *size)
+        enlarge = Warp(scale(torch.full((4,), zoom), size), torch.zeros(4))
+        batch = {"image": torch.zeros(4, 3, *size), "depth": depth}
+        seen = warp(batch, enlarge, depth_convention=convention, inverse_depth=task.inverse)["depth"]
+        middle = seen[..., 4:5, 6:7]
+        assert torch.allclose(task.rescaled(middle, zoom, convention), depth[..., 4:5, 6:7], rtol=1e-5)
+        assert torch.allclose(middle, depth[..., 4:5, 6:7]) == (convention == "metric"), "else there is nothing to undo"

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from mtl.augmentation.geometry import Warp, hflip, scale
+from mtl.augmentation.resampling import warp
 from mtl.data.decoding import read_normals
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
+from mtl.tasks.base import DepthConvention
 from mtl.tasks.normals import SHORTEST, Normals, NormalsMetric, angles, directions
 
 seeds = st.integers(0, 2**32 - 1)
@@ -411,3 +414,36 @@ class TestFiles:
         assert read.shape == prediction.shape
         error = np.concatenate(numpy_angles(read, prediction))
         assert error.max() < 0.39 and error.mean() < 0.2
+
+
+class TestSoft:
+    """What several views or models are averaged in."""
+
+    def test_is_the_prediction(self) -> None:
+        outputs = torch.randn(2, 3, 5, 7) * torch.tensor([1e-20, 1, 1e20]).view(3, 1, 1)
+        outputs[0, :, 0, 0] = 0
+        assert torch.allclose(make().harden(make().soft(outputs)), make().predict(outputs), atol=1e-7)
+
+    def test_opposite_votes_face_the_camera(self) -> None:
+        one = directions(torch.randn(1, 3, 1, 1))
+        assert make().harden((one - one) / 2).flatten().tolist() == [0, 0, -1]
+
+    def test_mirror_image(self) -> None:
+        """Undoes what augmentation does to labels; twice is not at all."""
+        normals = directions(torch.randn(2, 3, 5, 7))
+        mirror = Warp(hflip(torch.ones(2, dtype=torch.bool), (5, 7)), torch.zeros(2))
+        seen = warp({"image": torch.zeros(2, 3, 5, 7), "normals": normals}, mirror)["normals"]
+        assert torch.equal(make().mirrored(seen), normals) and not torch.equal(seen, normals)
+        left = torch.tensor([[-0.6, 0.0, -0.8], [0.0, 0.0, -1.0]]).T.reshape(1, 3, 1, 2)
+        assert make().mirrored(left)[0, :, 0].T.tolist() == pytest.approx(np.array([[0, 0, -1], [0.6, 0, -0.8]]))
+
+    @pytest.mark.parametrize("zoom", [0.5, 1.25])
+    @pytest.mark.parametrize("convention", ["metric", "canonical"])
+    def test_undoes_what_augmentation_does_to_labels(self, zoom: float, convention: DepthConvention) -> None:
+        size = (8, 12)
+        normals = directions(torch.randn(4, 3, 1, 1)).expand(4, 3, *size)
+        enlarge = Warp(scale(torch.full((4,), zoom), size), torch.zeros(4))
+        seen = warp({"image": torch.zeros(4, 3, *size), "normals": normals}, enlarge, depth_convention=convention)
+        middle, expected = seen["normals"][..., 4:5, 6:7], normals[..., 4:5, 6:7]
+        assert torch.allclose(make().rescaled(middle, zoom, convention), expected, atol=1e-6)
+        assert torch.allclose(middle, expected, atol=1e-6) == (convention == "metric"), "else there is nothing to undo"

@@ -398,3 +398,23 @@ class TestPictures:
         # Thirteen classes, black and grey stay apart by a wide margin in plain sRGB as well.
         used = np.vstack([colours[:13], [[0, 0, 0], [128, 128, 128]]]).astype(float)
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(used, 2)) > 40
+
+
+class TestSoft:
+    """What several views or models are averaged in."""
+
+    @given(seeds, st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    @settings(max_examples=30, deadline=None)
+    def test_the_likeliest_class_is_that_of_the_largest_logit(self, seed: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        # Distinct within a pixel by more than rounding, in any order, on any offset.
+        logits = torch.rand(2, C, 5, 7, generator=generator).argsort(dim=1) / 8 + torch.randint(9, (2, 1, 5, 7))
+        soft = make().soft(logits.to(dtype))
+        assert soft.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.allclose(soft.sum(dim=1), torch.ones_like(soft[:, 0])) and (soft >= 0).all()
+        assert torch.equal(make().harden(soft), make().predict(logits.to(dtype)))
+
+    def test_is_the_softmax(self) -> None:
+        """The odds of two classes are the exponential of their logits' difference."""
+        soft = make(("a", "b")).soft(torch.tensor([math.log(3), 0.0]).view(1, 2, 1, 1))
+        assert soft.flatten().tolist() == pytest.approx([0.75, 0.25])

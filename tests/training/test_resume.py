@@ -15,7 +15,7 @@ import mtl.experiment
 from mtl.cli import main
 from mtl.transfer.weights import load_checkpoint
 
-FLAGS = ["--task", "depth", "segmentation", "--dropout", "0.2", "--data.augment", "light", "--data.workers", "0"]
+FLAGS = ["--task", "depth", "segmentation", "--dropout", "0.2", "--augment", "light", "--data.workers", "0"]
 
 
 class _PowerCutError(Exception):

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import os
 import pickle
 import time
 from collections.abc import Callable
@@ -25,7 +26,15 @@ from mtl.models.backbone import Backbone
 from mtl.models.heads import Head, resolve_decoder
 from mtl.models.multitask import MultiTaskModel
 from mtl.training.module import MultiTaskModule
-from mtl.transfer.weights import Report, initialise, load_checkpoint, read_weights, save_backbone
+from mtl.transfer.weights import (
+    Report,
+    initialise,
+    load_checkpoint,
+    load_weights,
+    read_weights,
+    require,
+    save_backbone,
+)
 
 SIZE = (64, 96)
 SMALL = "mobilenetv4_conv_small"
@@ -225,6 +234,56 @@ def test_a_run_stands_for_its_best_checkpoint_then_its_last(tmp_path: Path) -> N
     assert equal(new.model, best.model)
 
 
+def test_weights_go_back_into_the_module_they_came_from(tmp_path: Path) -> None:
+    old, new = make_module("segmentation", "depth"), make_module("segmentation", "depth")
+    save_run(old, tmp_path / "best.ckpt")
+    checkpoint = load_checkpoint(tmp_path / "best.ckpt")
+    require(checkpoint, tmp_path / "best.ckpt", "state_dict", "experiment", "data", "thawed_at", "constant")
+    load_weights(new, checkpoint["state_dict"], tmp_path / "best.ckpt")
+    assert equal(new, old)
+
+
+def test_a_checkpoint_that_lacks_entries_is_a_sentence() -> None:
+    path = Path("runs/x/last.ckpt")
+    require({"constant": {}, "thawed_at": None}, path, "constant", "thawed_at")  # of little value, but there
+    with pytest.raises(UserError, match=r"^runs/x/last.ckpt lacks 'data', 'generators', which a run's [^\n]*$"):
+        require({"state_dict": {}, "global_step": 1}, path, "state_dict", "data", "global_step", "generators")
+
+
+Change = Callable[[dict[str, Any]], object]
+SPOILT: dict[str, tuple[Change, str]] = {
+    "missing": (lambda s: s.pop("1.weight"), r"5 tensors: 1 missing \(1\.weight\);"),
+    "shape": (lambda s: s.update({"0.bias": torch.zeros(4)}), r"1 of another shape \(0\.bias\);"),
+    "no tensor": (lambda s: s.update({"0.bias": "x"}), r"1 of another shape \(0\.bias\);"),
+    "unknown": (lambda s: s.update(a=1, b=2, c=3), r"3 unknown \(a, b, \.\.\.\);"),
+    "all": (
+        lambda s: (s.pop("1.bias"), s.update({"0.weight": torch.zeros(2, 3), "new": torch.zeros(1)})),
+        r"1 missing \(1\.bias\), 1 of another shape \(0\.weight\), 1 unknown \(new\);",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_weights_that_do_not_fit_are_a_sentence_and_change_nothing(case: str) -> None:
+    change, words = SPOILT[case]
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    module.register_buffer("prior", torch.zeros(1))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state: dict[str, Any] = {name: tensor + 1 for name, tensor in before.items()}
+    change(state)
+    with pytest.raises(UserError, match=rf"^best.ckpt does not fit [^\n]*{words}[^\n]*$"):
+        load_weights(module, state, Path("best.ckpt"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_state_dict_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^best.ckpt holds no tensors by name, but a int;"):
+        load_weights(nn.Linear(1, 1), 3, Path("best.ckpt"))
+    for value in (3, {}, {"w": "x"}, {1: torch.zeros(1)}):
+        torch.save({"experiment": {"backbone": SMALL}, "state_dict": value}, tmp_path / "own.ckpt")
+        expect(tmp_path / "own.ckpt", "holds no tensors by name")
+
+
 # What cannot be used
 
 
@@ -363,9 +422,18 @@ class Trap:
         return Path.mkdir, (self.path,)
 
 
-def test_code_in_a_file_never_runs(tmp_path: Path) -> None:
+class ShellTrap(Trap):
+    """One whose function is in a module that torch blocks, about which it has words of their own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"mkdir {self.path}",)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [Trap, ShellTrap])
+def test_code_in_a_file_never_runs(kind: type[Trap], tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
-    trap, state = Trap(sprung), {"w": torch.zeros(3)}
+    trap, state = kind(sprung), {"w": torch.zeros(3)}
     torch.save(trap, tmp_path / "whole.pt")
     torch.save({"state_dict": state, "hyper_parameters": trap}, tmp_path / "beside.ckpt")
     torch.save({"state_dict": state | {"v": trap}}, tmp_path / "inside.pth", _use_new_zipfile_serialization=False)
@@ -376,7 +444,10 @@ def test_code_in_a_file_never_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds pickled code, which is never run"):
         initialise(make(SMALL), str(tmp_path))
     (tmp_path / "modern.pt").write_bytes(pickle.dumps(trap, protocol=5))
-    expect(tmp_path / "modern.pt", "not a checkpoint")
+    expect(tmp_path / "modern.pt", "holds pickled code, which is never run")
+    content = (tmp_path / "beside.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    expect(tmp_path / "cut.ckpt", "truncated, damaged or not a checkpoint")
     (tmp_path / "modern.safetensors").write_bytes(pickle.dumps(trap))
     expect(tmp_path / "modern.safetensors", "not a safetensors file")
     assert not sprung.exists()
