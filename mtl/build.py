@@ -25,7 +25,7 @@ from mtl.errors import UserError, nearest
 from mtl.models.backbone import Backbone
 from mtl.models.heads import Head, encoder_stride, resolve_decoder
 from mtl.models.multitask import MultiTaskModel
-from mtl.plugins import check_source, check_task, file_of, in_plugin
+from mtl.plugins import check_task, check_weighting, file_of, in_plugin, open_data_set
 from mtl.tasks.base import Task
 from mtl.tasks.depth import Depth
 from mtl.tasks.normals import Normals
@@ -76,9 +76,8 @@ def open_source(experiment: Experiment, split: Split, surroundings: Surroundings
 
 
 def _open(options: SourceOptions, split: Split, data: DataOptions, surroundings: Surroundings) -> Source:
-    if factory := registry.data_sets.get(options.name):
-        with in_plugin(file_of(factory) or options.name, f"opening the data set {options.name!r}"):
-            return check_source(factory(options.root, split=split, size=data.size), options.name, data.size)
+    if options.name in registry.data_sets:
+        return open_data_set(options.name, options.root, split, data.size)
     if options.name == "nyuv2":
         assert options.root is not None, "the configuration has checked this"
         classes = options.classes or CLASS_COUNTS["nyuv2"][0]
@@ -214,12 +213,18 @@ def target_of(task: str) -> str:
 
 
 def build_weighting(experiment: Experiment) -> Weighting:
-    """Return the rule that combines the losses."""
+    """Return the rule that combines the losses.
+
+    Raises:
+        UserError: A plugin's rule does not do what a rule must.
+    """
     rule = registry.weightings.get(experiment.weighting)
     if rule is None:
         return FixedWeights({task: experiment.loss_weights.get(task, 1.0) for task in experiment.task})
     with in_plugin(file_of(rule) or experiment.weighting, f"making the weighting rule {experiment.weighting!r}"):
-        return rule(experiment.task)
+        made = rule(experiment.task)
+    check_weighting(made, experiment.task)
+    return made
 
 
 def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool = True) -> MultiTaskModel:

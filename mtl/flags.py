@@ -59,7 +59,8 @@ class Code:
     """The flag of every command that may need a user's own code."""
 
     plugin: Annotated[
-        list[Path],
+        list[list[Path]],  # of each time that the flag is given
+        tyro.conf.UseAppendAction,
         tyro.conf.arg(metavar="FILE.py ...", help="Your own tasks, data sets and rules: Python files that are run."),
     ] = dataclasses.field(default_factory=list)
 

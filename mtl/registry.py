@@ -50,7 +50,7 @@ class Registry(dict[str, T]):
         Raises:
             UserError: The name is taken, or cannot be written on the command line.
         """
-        if not name or not all(part.isidentifier() for part in name.split("-")):
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split("-")):
             raise UserError(
                 f"{self.kind} name {name!r} should be words of letters, digits and '_', with '-' between them"
             )
@@ -86,7 +86,8 @@ def register_data_set(name: str) -> "Callable[[Callable[..., Source]], Callable[
     """Make a data set known as ``--data.name NAME``; a decorator for a plugin.
 
     What is decorated is called with ``(root, split=..., size=...)``: the path of ``--data.root`` or None,
-    'train' or 'validation', and (height, width); it returns a `mtl.data.sample.Source`.
+    'train', 'validation' or, for ``evaluate --split test`` alone, 'test', and (height, width); it returns a
+    `mtl.data.sample.Source`, or raises a KeyError or ValueError where it has no such split.
     """
 
     def add(factory: "Callable[..., Source]") -> "Callable[..., Source]":

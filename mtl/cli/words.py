@@ -10,20 +10,21 @@ from mtl.errors import UserError
 
 
 def values_of_flag(words: Sequence[str], flag: str, count: int | None = None) -> list[str]:
-    """Return the words that follow a flag, up to the next flag.
+    """Return the words that follow a flag, up to the next flag; those of a flag given several times add up.
 
     Args:
         words: The command line.
         flag: The flag, such as ``--config``.
-        count: How many words it takes at most; None for any number.
+        count: How many words it takes at most each time; None for any number.
     """
+    values: list[str] = []
     for position, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == flag:
             following = [value] if equals else list(words[position + 1 :])
             end = next((i for i, w in enumerate(following) if w.startswith("-")), len(following))
-            return following[: end if count is None else min(count, end)]
-    return []
+            values += following[: end if count is None else min(count, end)]
+    return values
 
 
 def take_plugins(words: Sequence[str]) -> None:
@@ -40,9 +41,17 @@ def take_plugins(words: Sequence[str]) -> None:
 
 
 def base_of(words: Sequence[str]) -> Experiment:
-    """Return the experiment of the file that `--config` names, whose values are the flags' defaults."""
-    file = values_of_flag(words, "--config", 1)
-    return load(Path(file[0])) if file else Experiment()
+    """Return the experiment of the file that `--config` names, whose values are the flags' defaults.
+
+    Raises:
+        UserError: There are several such files, or this one cannot be used.
+    """
+    files = values_of_flag(words, "--config", 1)
+    if len(files) > 1:
+        raise UserError(
+            f"--config names {len(files)} files ({', '.join(files)}), and takes one; give the rest as flags"
+        )
+    return load(Path(files[0])) if files else Experiment()
 
 
 def check_output(flag: str, path: Path) -> None:

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from mtl.config import Experiment
 from mtl.data.sample import Batch, DataInfo, as_floats
 from mtl.models.multitask import MultiTaskModel
+from mtl.plugins import in_plugin_of, weigh
 from mtl.tasks.base import Task
 from mtl.transfer.groups import parameter_groups
 from mtl.weighting.base import Weighting
@@ -109,8 +110,11 @@ class MultiTaskModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the weighted sum of the tasks' losses."""
         outputs = self.model(batch["image"])
-        losses = {task.name: task.loss(outputs[task.name], batch) for task in self.each_task()}
-        weights: Mapping[str, Tensor] = self.weighting(losses)
+        losses: dict[str, Tensor] = {}
+        for task in self.each_task():
+            with in_plugin_of(task, "loss"):
+                losses[task.name] = task.loss(outputs[task.name], batch)
+        weights = weigh(self.weighting, losses, self.global_step)
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         self.terms = {"train/loss": total.detach()}
         for name, loss in losses.items():
@@ -120,12 +124,15 @@ class MultiTaskModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
-        predictions = self(batch["image"])
+        outputs = self.model(batch["image"])
         for task in self.each_task():
             target = batch[task.target]
-            _metric(self.measured, task).update(predictions[task.name], target)
-            if not self.constant:
-                _metric(self.baseline, task).update(task.constant(target), target)
+            with in_plugin_of(task, "predict"):
+                prediction = task.predict(outputs[task.name])
+            with in_plugin_of(task, "metrics' update"):
+                _metric(self.measured, task).update(prediction, target)
+                if not self.constant:
+                    _metric(self.baseline, task).update(task.constant(target), target)
 
     def on_validation_epoch_end(self) -> None:
         """Compute the metrics, and the gain that stands for all tasks."""
@@ -136,11 +143,11 @@ class MultiTaskModule(lightning.LightningModule):
         self.log_dict(self.results, logger=False)
 
     def _compute(self, metrics: nn.ModuleDict) -> dict[str, float]:
-        results = {}
+        results: dict[str, float] = {}
         for task in self.each_task():
             metric = _metric(metrics, task)
-            for name, value in metric.compute().items():
-                results[f"{task.name}/{name}"] = float(value)
+            with in_plugin_of(task, "metrics' compute"):
+                results |= {f"{task.name}/{name}": float(value) for name, value in metric.compute().items()}
             metric.reset()
         return results
 

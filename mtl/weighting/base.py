@@ -22,8 +22,9 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the weight of each task's loss.
+        """Return the weight of each task's loss: scalar tensors of floats, finite, 0 or more, and one of them positive.
 
         Args:
-            losses: Scalar losses by task, attached to the graph: detach what is not to be differentiated.
+            losses: Scalar losses by task, attached to the graph: detach what is not to be differentiated. That of a
+                batch without a label of the task is zero, and must not make a weight infinite.
         """
