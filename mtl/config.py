@@ -502,7 +502,8 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
         try:
             values = read_yaml(path)
             base = values.pop("augment", "none")
-            _known(base, "policy", tuple(POLICIES))
+            if base not in POLICIES:
+                raise UserError(f"{path}: augment is {base!r}, and must be one of {', '.join(POLICIES)}")
             policy = AugmentationOptions.model_validate(values)
         except ValidationError as error:
             raise ValueError(f"--augment {path}: {describe(error, AugmentationOptions)}") from None

@@ -311,17 +311,18 @@ def _preview_transforms(samples: Samples, task: Task, experiment: Experiment, pa
     rows: dict[str, list[np.ndarray]] = {}
     for name in (name for name in STRENGTHS if getattr(options, name)):
         strength = 1.0 if name in PROBABILITIES else getattr(options, name)
+        shares = (1.0,) if name in PROBABILITIES else (1.0, 2 / 3, 1 / 3)
         shown: list[np.ndarray] = []
-        for share in (1 / 3, 2 / 3, 1):
-            alone = AugmentationOptions(**{name: 1.0 if name in PROBABILITIES else strength * share})
-            seen = Augmentation(alone, experiment.seed + len(shown))(stored)
-            change = (seen["image"] - stored["image"]).abs().flatten(1).mean(1)
-            most = int(change.argmax())
-            image = _picture(seen["image"][most : most + 1])
-            target = seen[task.target][most : most + 1]
-            drawn = next(iter(task.pictures(task.constant(target), target).values()))
-            shown += [] if shown else [_picture(stored["image"][most : most + 1])[0]]
-            shown += [image[0], overlay(image, drawn.images)[0]]
+        most = 0
+        for share in shares:
+            seen = Augmentation(AugmentationOptions(**{name: strength * share}), experiment.seed)(stored)
+            if share == 1:
+                most = int((seen["image"] - stored["image"]).abs().flatten(1).mean(1).argmax())
+            one = {key: seen[key][most : most + 1] for key in ("image", task.target)}
+            drawn = next(iter(task.pictures(task.constant(one[task.target]), one[task.target]).values()))
+            image = _picture(one["image"])
+            shown = [image[0], overlay(image, drawn.images)[0], *shown]
+        shown.insert(0, _picture(stored["image"][most : most + 1])[0])
         label = name if name in PROBABILITIES else f"{name} {strength:g}"
         rows[label] = shown
     draw_rows(path, rows)

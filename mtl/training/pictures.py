@@ -114,9 +114,11 @@ def draw_rows(path: Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
     grid = figure.subplots(len(rows), count, squeeze=False)
     for line, (label, pictures) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
-        for axes, picture in zip(line, pictures, strict=True):
-            axes.imshow(picture, aspect="auto")
+        for axes in line:
             axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, picture in zip(line, pictures, strict=False):
+            axes.imshow(picture, aspect="auto")
     _save(figure, path)
 
 

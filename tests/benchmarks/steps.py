@@ -102,16 +102,16 @@ def main() -> None:
     render(range(64), domain="loft", seed=1, size=size)
     print(f"\nrendering: {64 / (time.perf_counter() - start):.0f} images a second")
     with tempfile.TemporaryDirectory() as folder:
-        for augment in ("none", "colour", "light"):
-            values = {**fields, "data": {"size": size, "train_samples": 256, "augment": augment}}
-            samples = load_samples(validate(values), "train", Surroundings(cache_dir=Path(folder)))
-            for workers in (0, 2):
-                loader = Loader(samples, Batches(len(samples), count, shuffle=True), workers)
-                list(loader)
-                start = time.perf_counter()
-                list(loader)
-                rate = 256 // count * count / (time.perf_counter() - start)
-                print(f"loading from memory, augmentation {augment}, {workers} workers: {rate:.0f} images a second")
+        experiment = validate({**fields, "data": {"size": size, "train_samples": 256}})
+        samples = load_samples(experiment, "train", Surroundings(cache_dir=Path(folder)))
+        for cache in ("memory", "disk"):
+            samples.keep(cache, folder=Path(folder))
+            loader = Loader(samples, Batches(len(samples), count, shuffle=True), 0)
+            list(loader)
+            start = time.perf_counter()
+            list(loader)
+            rate = 256 // count * count / (time.perf_counter() - start)
+            print(f"loading from {cache}: {rate:.0f} images a second")
 
 
 if __name__ == "__main__":
