@@ -171,6 +171,8 @@ def _check_headers(sample: Mapping[str, Path]) -> None:
         wide = key == "image" and array.dtype.kind == "u" and array.dtype != np.uint8
         if array.dtype.kind not in kinds or wide or array.ndim < 2 or array.shape[2:] != trailing:
             raise UserError(f"{path} holds {array.dtype} of shape {array.shape}, but {words}")
+        if not array.size:
+            raise UserError(f"{path} holds no pixel, its shape is {array.shape}, but {words}: get the file again")
         sizes[key] = array.shape[:2]
         if sizes[key] != sizes["image"]:
             (label_height, label_width), (height, width) = sizes[key], sizes["image"]

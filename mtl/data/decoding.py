@@ -24,10 +24,15 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turn what Pillow and NumPy raise for a damaged file into a `UserError`."""
+    """Turn what Pillow and NumPy raise for a file that is damaged or too large into a `UserError`."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels, the most that are "
+            "read: make it smaller, or cut it into several"
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise UserError(
             f"{path} cannot be read ({reason(error)}): it is truncated or not what its name says"
         ) from error

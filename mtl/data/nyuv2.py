@@ -130,7 +130,8 @@ class NYUv2:
         self._stored: Stored
         if (root / _MAT).is_file():
             self._stored = stored = _Official(root, classes, raw_depth)
-            ours = stored.official("testNdxs" if split == "test" else "trainNdxs")
+            training, testing = stored.official()
+            ours = testing if split == "test" else training
             groups: Sequence[Hashable] = [stored.scenes[index] for index in ours]
         elif (root / "train" / "image").is_dir():
             if classes != 13 or raw_depth:
@@ -223,14 +224,33 @@ class _Official:
         self.names = [f"{number:04d}" for number in range(1, count + 1)]
         self._classes = self._mapping(classes)
 
-    def official(self, variable: str) -> list[int]:
-        """Return the indices of a part of the official split."""
-        numbers = _matlab(self._root / _SPLITS, variable)
+    def official(self) -> tuple[list[int], list[int]]:
+        """Return the indices of the official pictures for training and of those for testing.
+
+        Raises:
+            UserError: They are not of these pictures, or a picture is there twice.
+        """
+        path = self._root / _SPLITS
+        remedy = f"get it from {_ORIGINS[_SPLITS]}"
+        training, testing = (self._part(path, variable, remedy) for variable in ("trainNdxs", "testNdxs"))
+        if both := sorted(set(training) & set(testing)):
+            raise UserError(
+                f"{path} has {len(both)} pictures both in 'trainNdxs' and 'testNdxs', such as {both[0] + 1}, so that "
+                f"training would see what it is tested on: {remedy}"
+            )
+        return training, testing
+
+    def _part(self, path: Path, variable: str, remedy: str) -> list[int]:
+        """Return the indices of a part of the split, whose pictures are numbered from 1."""
+        numbers = _matlab(path, variable)
         if numbers.min() < 1 or numbers.max() > len(self.names):
             raise UserError(
-                f"{self._root / _SPLITS} has pictures {numbers.min()} to {numbers.max()}, but {self._path} holds "
-                f"{len(self.names)}: they do not belong together"
+                f"{path} has pictures {numbers.min()} to {numbers.max()}, but {self._path} holds {len(self.names)}: "
+                "they do not belong together"
             )
+        different, counts = np.unique(numbers, return_counts=True)
+        if (counts > 1).any():
+            raise UserError(f"{path} has picture {different[counts > 1][0]} more than once in {variable!r}: {remedy}")
         return [int(number) - 1 for number in numbers]
 
     def labelled(self, target: str) -> list[bool]:

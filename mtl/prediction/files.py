@@ -5,11 +5,13 @@
     DIR/NAME.png             a page for a person: the image, each task's picture, legend and scale
     DIR/TASK/NAME.SUFFIX     each task's prediction as data, as `Task.encode` writes it
     DIR/dataset.yaml         names of the classes: with the images as DIR/images/, DIR is a `folder` data set
+    DIR/.predicted.jsonl     which files these are: a later prediction replaces them, and no others
 """
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from mtl.errors import UserError
 from mtl.files import write_whole
 from mtl.prediction.images import pixels
 from mtl.prediction.predictor import Predictor
+from mtl.prediction.record import Record
 from mtl.tasks.base import Panel
 from mtl.training.pictures import Panels, draw_predictions
 
@@ -45,10 +48,10 @@ class Result:
 
     @property
     def complaint(self) -> str:
-        """One sentence about the failures."""
+        """One sentence that names the images, and leaves the reasons to what was said of each."""
         failed = len(self.failures)
-        reasons = [*self.failures.values()][:3] + ([f"and {failed - 3} more"] if failed > 3 else [])
-        return f"{failed} of {failed + len(self.pages)} images could not be predicted: {'; '.join(reasons)}"
+        images = ", ".join(str(image) for image in [*self.failures][:3]) + (", ..." if failed > 3 else "")
+        return f"{failed} of {failed + len(self.pages)} images could not be predicted: {images}"
 
 
 def find_images(words: Sequence[str]) -> list[Path]:
@@ -73,6 +76,8 @@ def _matches(word: str) -> list[Path]:
     path = Path(word)
     if path.is_file():
         return [path]
+    if not word.strip():
+        raise UserError(f"{word!r} names no image: name one, a folder of images or a pattern such as 'photos/*.jpg'")
     known = ", ".join(IMAGE_SUFFIXES)
     if path.is_dir():
         if images := _images(path.iterdir()):
@@ -101,7 +106,8 @@ def predict_files(
 ) -> Result:
     """Predict images and write pages and data; see `mtl.prediction.files` for where.
 
-    An image that cannot be read is named, and the others are done. Files of an earlier prediction are replaced.
+    An image that cannot be read is named, and the others are done. Files of an earlier prediction are replaced, and
+    no others: a folder with any in their place is refused before anything is predicted.
 
     Args:
         predictor: What predicts.
@@ -115,14 +121,18 @@ def predict_files(
     folders = {task.name: output_dir / task.name for task in predictor.tasks}
     _check_folder(output_dir, folders.values(), images)
     result = Result()
+    names = _names(images, say)
+    description: dict[Path, bytes] = {}
+    if classes := next((task.class_names for task in predictor.tasks if task.class_names), ()):
+        content = yaml.safe_dump({"classes": list(classes)}, allow_unicode=True, default_flow_style=None)
+        description[output_dir / "dataset.yaml"] = content.encode()
     try:
+        record = Record(output_dir)
+        _check_files(output_dir, folders.values(), names.values(), description, record)
         for folder in (output_dir, *folders.values()):
             folder.mkdir(parents=True, exist_ok=True)
-        if classes := next((task.class_names for task in predictor.tasks if task.class_names), ()):
-            description = yaml.safe_dump({"classes": list(classes)}, allow_unicode=True, default_flow_style=None)
-            write_whole(output_dir / "dataset.yaml", description.encode())
-        earlier = {task: _by_stem(folder) for task, folder in folders.items()}
-        for image, name in _names(images, say).items():
+        _write("", description, record)
+        for image, name in names.items():
             try:
                 array = pixels(image)
                 predictions = predictor.predict(array)
@@ -131,15 +141,14 @@ def predict_files(
                 say(reason)
                 result.failures[image] = reason
                 continue
-            for task in predictor.tasks:
-                files = task.encode(predictions[task.name])
-                for suffix, content in files.items():
-                    write_whole(folders[task.name] / f"{name}{suffix}", content)
-                for path in earlier[task.name].get(name, ()):
-                    if path.suffix not in files:
-                        path.unlink()  # such as a scale that no longer holds
             page = output_dir / f"{name}.png"
-            _draw_page(page, predictor, array, predictions)
+            files = {page: _draw_page(output_dir, predictor, array, predictions)}
+            for task in predictor.tasks:
+                for suffix, encoded in task.encode(predictions[task.name]).items():
+                    files[folders[task.name] / f"{name}{suffix}"] = encoded
+            _write(name, files, record)
+            for path in record.files(name, folders.values()) - files.keys():
+                path.unlink()  # such as a scale that no longer holds
             result.pages[image] = page
     except OSError as error:
         raise UserError(
@@ -164,6 +173,34 @@ def _check_folder(output_dir: Path, folders: Iterable[Path], images: Iterable[Pa
         )
 
 
+def _check_files(
+    output_dir: Path,
+    folders: Collection[Path],
+    names: Iterable[str],
+    description: Mapping[Path, bytes],
+    record: Record,
+) -> None:
+    """Refuse to replace a file that no prediction has written, or that somebody has changed since."""
+    # What a task's files are called beyond the image's name, only its `encode` knows: so its folder is for them alone.
+    inside = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+    others = [path for path in inside if path not in record and path.is_file() and not path.name.startswith(".")]
+    replaced = {path for name in names for path in (output_dir / f"{name}.png", *record.files(name, folders))}
+    replaced |= {path for path, content in description.items() if path.is_file() and path.read_bytes() != content}
+    others += [path for path in sorted(replaced) if path.is_file() and not record.wrote(path)]
+    if others:
+        raise UserError(
+            f"--output-dir {output_dir} holds {others[0]}, which is not, or no longer, what an earlier prediction "
+            "wrote; choose another folder, or move the file away"
+        )
+
+
+def _write(name: str, files: Mapping[Path, bytes], record: Record) -> None:
+    """Write files of an image, once the record has them."""
+    record.add(name, files)
+    for path, content in files.items():
+        write_whole(path, content)
+
+
 def _names(images: Sequence[Path], say: Callable[[str], None]) -> dict[Path, str]:
     """Return a name for each image: its stem, with a number where that is taken."""
     taken: dict[str, Path] = {}
@@ -182,16 +219,8 @@ def _names(images: Sequence[Path], say: Callable[[str], None]) -> dict[Path, str
     return names
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """Return a folder's files by stem."""
-    files: dict[str, list[Path]] = {}
-    for path in folder.iterdir():
-        files.setdefault(path.stem, []).append(path)
-    return files
-
-
-def _draw_page(path: Path, predictor: Predictor, array: np.ndarray, predictions: Mapping[str, Tensor]) -> None:
-    """Draw the image and each task's prediction, made no larger than a page needs."""
+def _draw_page(output_dir: Path, predictor: Predictor, array: np.ndarray, predictions: Mapping[str, Tensor]) -> bytes:
+    """Draw the image and each task's prediction, made no larger than a page needs, as a PNG."""
     shrink = max(1.0, max(array.shape[:2]) / _LONGEST)
     height, width = (max(1, round(length / shrink)) for length in array.shape[:2])
     small = np.array(Image.fromarray(array).resize((width, height), Image.Resampling.BOX))
@@ -208,4 +237,6 @@ def _draw_page(path: Path, predictor: Predictor, array: np.ndarray, predictions:
         panels |= task.pictures(prediction[None], None)
         if task.class_names and not classes:
             classes, present = task.class_names, np.unique(prediction.numpy()).tolist()
-    draw_predictions(path, panels, classes, present)
+    with tempfile.TemporaryDirectory(prefix=".page-", dir=output_dir) as folder:
+        draw_predictions(path := Path(folder) / "page.png", panels, classes, present)
+        return path.read_bytes()

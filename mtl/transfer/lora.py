@@ -49,7 +49,8 @@ def add_lora(backbone: Backbone, rank: int) -> Adapters:
         rank: Rank of the adapters.
 
     Raises:
-        UserError: The package peft is missing, or the backbone has no attention that adapters can learn in.
+        UserError: The package peft is missing, the backbone has no attention that adapters can learn in, or the
+            rank is above that of every weight.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -62,6 +63,13 @@ def add_lora(backbone: Backbone, rank: int) -> Adapters:
         raise UserError(
             f"--lora {rank}: {backbone.name} has no transformer blocks with linear layers that adapters can learn in; "
             "choose a transformer such as vit_small_patch16_224, or leave --lora out"
+        )
+    # B A of this rank can be any matrix of the weight's shape: beyond it there is nothing more to learn.
+    full = max(min(backbone.encoder.get_submodule(name).weight.shape) for name in adapters.layers)
+    if rank > full:
+        raise UserError(
+            f"--lora {rank}: the largest rank that a weight in {backbone.name} can have is {full}; 4 to 32 is usual, "
+            "or leave --lora out to train the weights themselves"
         )
     backbone.requires_grad_(False)
     pattern = "|".join(re.escape(name) for name in adapters.layers)  # peft matches a string as a whole

@@ -317,12 +317,16 @@ def test_bad_official_files_get_one_sentence(official: Path, case: str) -> None:
     [
         ("train/depth/1.npy", -0.1, "depth of -0.1 in 1 pixels"),
         ("train/depth/1.npy", np.nan, "depth of nan in 1 pixels"),
+        ("train/image/1.npy", None, r"image/1.npy holds no pixel, its shape is \(0, \d+, 3\)"),
         ("train/label_19/1.npy", 19, "value 19 in 1 pixels, but the 19 classes are 0 to 18"),
     ],
 )
-def test_bad_arrays_get_one_sentence(arrays: Path, name: str, value: float, words: str) -> None:
+def test_bad_arrays_get_one_sentence(arrays: Path, name: str, value: float | None, words: str) -> None:
     values = np.load(arrays / name)
-    values[2, 3] = value
+    if value is None:
+        values = values[:0]
+    else:
+        values[2, 3] = value
     np.save(arrays / name, values)
     with pytest.raises(UserError, match=words):
         Cityscapes(arrays, split="train", size=(8, 16)).read([1], ["segmentation", "depth"])

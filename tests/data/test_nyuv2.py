@@ -382,6 +382,15 @@ BAD_OFFICIAL: dict[str, tuple[Change, list[str]]] = {
     ),
     "splits of another set": (lambda r: write_splits(r, [1, 900]), ["pictures 1 to 900", "holds 20"]),
     "splits from zero": (lambda r: write_splits(r, [0, 1]), ["pictures 0 to 1"]),
+    "a picture twice": (
+        lambda r: write_splits(r, [1, 2, 3, 2, 11]),
+        ["splits.mat has picture 2 more than once in 'trainNdxs'", "get it from horatio"],
+    ),
+    "a test picture twice": (lambda r: write_splits(r, test=(10, 20, 10)), ["picture 10 more than once in 'testNdxs'"]),
+    "test pictures among those for training": (
+        lambda r: write_splits(r, test=(10, 19, 7, 20)),
+        ["splits.mat has 2 pictures both in 'trainNdxs' and 'testNdxs', such as 7"],
+    ),
     "mapping to other classes": (lambda r: write_mapping(r, last=41), ["classMapping40.mat", "5 to 41", "1 to 40"]),
     "mapping too short": (
         lambda r: scipy.io.savemat(r / "classMapping40.mat", {"mapClass": np.ones((1, 500), np.uint8)}),
@@ -424,6 +433,11 @@ BAD_ARRAYS: dict[str, tuple[Change, list[str]]] = {
     "depth without channel": (changing("depth/5.npy", lambda a: a[..., 0]), ["shape (24, 32), but", "(H, W, 1)"]),
     "depth of integers": (changing("depth/5.npy", lambda a: a.astype(np.int64)), ["depth/5.npy holds int64"]),
     "other size": (changing("label/5.npy", lambda a: a[:20]), ["label/5.npy is 32x20", "image is 32x24"]),
+    "no pixels": (
+        lambda r: [np.save(p, np.load(p)[:0, :0]) for p in r.glob("train/*/5.npy")],
+        ["image/5.npy holds no pixel", "(0, 0, 3)"],
+    ),
+    "no columns": (changing("label/5.npy", lambda a: a[:, :0]), ["label/5.npy holds no pixel", "(24, 0)"]),
     "image to 255": (changing("image/5.npy", lambda a: 255 * a), ["from 0 to 255", "divide it by 255"]),
     "image with nan": (changing("image/5.npy", putting(np.nan)), ["image/5.npy", "nan"]),
     "class 13": (changing("label/5.npy", putting(13)), ["label/5.npy", "value 13 in 1 pixels", "0 to 12", "-1"]),

@@ -1,6 +1,8 @@
 """Files of predictions, read back by Pillow and by the `folder` data set."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ def write(path: Path, size: tuple[int, int] = (50, 40)) -> Path:
     return path
 
 
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    """Return everything below a folder, with the files' contents."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 class TestFindImages:
     def test_folders_globs_and_files(self, tmp_path: Path) -> None:
         for name in ("a10.png", "a2.JPG", "a1.png", ".hidden.png", "in/b.png", "odd[1].png"):
@@ -52,13 +59,24 @@ class TestFindImages:
 
     @pytest.mark.parametrize(
         ("word", "words"),
-        [("nowhere", "nowhere does not exist"), ("empty", "holds no image"), ("*.gif", r"no image matches '.*\*.gif'")],
+        [
+            ("nowhere", "nowhere does not exist"),
+            ("empty", "holds no image"),
+            ("*.gif", r"no image matches '.*\*.gif'"),
+        ],
     )
     def test_a_word_for_nothing_is_a_sentence(self, word: str, words: str, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         write(tmp_path / "a.png")
         with pytest.raises(UserError, match=words):
             find_images([str(tmp_path / "a.png"), str(tmp_path / word)])
+
+    @pytest.mark.parametrize("word", ["", "  "])
+    def test_an_empty_word_is_not_this_folder(self, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path / "a.png")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=f"^{word!r} names no image: name one"):
+            find_images([word])
 
 
 class TestPredictFiles:
@@ -77,7 +95,8 @@ class TestPredictFiles:
                 assert np.abs(np.array(stored) / 1000 - expected["depth"][0].numpy()).max() < 0.00051
             with Image.open(result.pages[image]) as page:
                 assert 300 < max(page.size) < 2000 and 0.4 < page.width / page.height < 5
-        assert not [p for p in out.rglob("*") if p.name.startswith(".")], "no temporary file is left"
+        hidden = [p.name for p in out.rglob("*") if p.name.startswith(".")]
+        assert hidden == [".predicted.jsonl"], "no temporary file is left"
 
     def test_they_are_labels_for_the_folder_data_set(self, predictor: Predictor, tmp_path: Path) -> None:
         images = [write(tmp_path / f"{name}.png") for name in "abc"]
@@ -105,8 +124,10 @@ class TestPredictFiles:
         said: list[str] = []
         result = predict_files(predictor, images, tmp_path / "out", said.append)
         assert list(result.pages) == [images[1]] and list(result.failures) == [images[0], images[2]]
-        for image in result.failures:
-            assert any(str(image) in line for line in said) and str(image) in result.complaint
+        reasons = list(result.failures.values())
+        assert [line for line in said if line in reasons] == reasons, "each is said, and once"
+        for image, reason in result.failures.items():
+            assert str(image) in reason and str(image) in result.complaint and reason not in result.complaint
         assert "2 of 3" in result.complaint and "\n" not in result.complaint
         assert {p.name for p in (tmp_path / "out" / "depth").iterdir()} == {"good.png"}
 
@@ -132,6 +153,82 @@ class TestPredictFiles:
         assert {p.name for p in (out / "depth").iterdir()} == {"a.png", "a.b.png", "a.b.json"}
         expected = predictor.predict(image)["depth"][0].numpy()
         assert np.abs(np.array(Image.open(out / "depth" / "a.png")) / 1000 - expected).max() < 0.00051
+        lines = (out / ".predicted.jsonl").read_text().count("\n")
+        predict_files(predictor, [image], out, lambda line: None)
+        assert (out / ".predicted.jsonl").read_text().count("\n") == lines, "what is the same is noted once"
+
+    @pytest.mark.parametrize(
+        "name",
+        ["depth/a.npy", "depth/a.png", "depth/a.json", "segmentation/a_left.png", "depth/other.png", "a.png"],
+    )
+    def test_what_no_prediction_wrote_stays(self, predictor: Predictor, name: str, tmp_path: Path) -> None:
+        image, out = write(tmp_path / "a.png"), tmp_path / "out"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_bytes(b"mine")
+        before = snapshot(out)
+        with pytest.raises(UserError, match=rf"^--output-dir [^\n]*out holds [^\n]*{name}, which is not[^\n]*away$"):
+            predict_files(predictor, [image], out, lambda line: None)
+        assert snapshot(out) == before
+
+    def test_somebodys_description_stays(self, predictor: Predictor, tmp_path: Path) -> None:
+        image, out = write(tmp_path / "a.png"), tmp_path / "out"
+        out.mkdir()
+        (out / "dataset.yaml").write_text("classes: [wall, floor, où]\ndepth_scale: 0.001\n", encoding="utf-8")
+        before = snapshot(out)
+        with pytest.raises(UserError, match=r"out holds [^\n]*dataset\.yaml, which is not"):
+            predict_files(predictor, [image], out, lambda line: None)
+        assert snapshot(out) == before
+        (out / "dataset.yaml").write_text("classes: [wall, floor, où]\n", encoding="utf-8")
+        predict_files(predictor, [image], out, lambda line: None)  # it would be written just so
+        assert (out / "a.png").is_file()
+
+    @pytest.mark.parametrize("name", ["a.png", "depth/a.png", "segmentation/a.png", "dataset.yaml"])
+    def test_what_was_corrected_after_a_prediction_stays(self, predictor: Predictor, name: str, tmp_path: Path) -> None:
+        image, other, out = write(tmp_path / "a.png"), write(tmp_path / "b.png"), tmp_path / "out"
+        predict_files(predictor, [image], out, lambda line: None)
+        (out / name).write_bytes(b"corrected by hand")
+        before = snapshot(out)
+        with pytest.raises(UserError, match=rf"holds [^\n]*{name}, which is not, or no longer, what"):
+            predict_files(predictor, [image], out, lambda line: None)
+        assert snapshot(out) == before
+        if name != "dataset.yaml":
+            predict_files(predictor, [other], out, lambda line: None)
+            assert snapshot(out).items() >= {k: v for k, v in before.items() if k.name != ".predicted.jsonl"}.items()
+
+    def test_a_prediction_that_was_stopped_starts_again(
+        self, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Wherever it stopped: the disk may have been full in the middle of a line, or between two files."""
+        import mtl.prediction.files as module
+
+        image, out = write(tmp_path / "a.png"), tmp_path / "out"
+        write_whole = module.write_whole
+
+        def full(path: Path, content: bytes) -> None:
+            if path.parent.name == "segmentation":
+                raise OSError(28, "No space left on device", str(path))
+            write_whole(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_whole", full)
+            with pytest.raises(UserError, match=r"segmentation/a.png cannot be written \(No space left"):
+                predict_files(predictor, [image], out, lambda line: None)
+        assert (out / "a.png").is_file() and not (out / "segmentation" / "a.png").exists()
+        with (out / ".predicted.jsonl").open("a") as record:
+            record.write('{"name": "b", "files": {"b.pn')
+        for _ in range(2):
+            assert not predict_files(predictor, [image], out, lambda line: None).failures
+        assert all(line[:1] == "{" for line in (out / ".predicted.jsonl").read_text().splitlines())
+        predict_files(predictor, [image, write(tmp_path / "b.png")], out, lambda line: None)
+        predict_files(predictor, [tmp_path / "b.png"], out, lambda line: None)
+
+    def test_a_picture_of_too_many_pixels_is_said_to_be_so(self, predictor: Predictor, tmp_path: Path) -> None:
+        image = tmp_path / "huge.png"
+        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        image.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT")
+        (reason,) = predict_files(predictor, [image], tmp_path / "out", lambda line: None).failures.values()
+        assert reason.startswith(f"{image} has more than 179 million pixels") and "truncated" not in reason
 
     def test_where_it_must_not_write_is_a_sentence(self, predictor: Predictor, tmp_path: Path) -> None:
         image = write(tmp_path / "in" / "depth" / "a.png")

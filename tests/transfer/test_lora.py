@@ -137,6 +137,16 @@ def test_a_backbone_without_attention_is_a_sentence(name: str) -> None:
     assert all(p.requires_grad for p in backbone.parameters()) and backbone.training
 
 
+@pytest.mark.parametrize(("name", "full"), [(VIT, 192), ("pvt_v2_b0", 256)])
+def test_a_rank_that_no_weight_has_is_a_sentence(name: str, full: int) -> None:
+    """The largest is that of the widest stage."""
+    backbone = Backbone(name, (64, 64))
+    with pytest.raises(UserError, match=rf"^--lora {full + 1}: the largest rank [^\n]*{name} can have is {full};"):
+        add_lora(backbone, full + 1)
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert add_lora(backbone, full).layers
+
+
 def test_without_peft_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"--lora needs the package peft, .* pip install 'mtl\[lora\]'"):
