@@ -21,7 +21,7 @@ from torchmetrics.regression import (
     MeanSquaredLogError,
 )
 
-from mtl.augmentation.geometry import Warp, scale
+from mtl.augmentation import geometry
 from mtl.augmentation.resampling import warp
 from mtl.config import DepthOptions
 from mtl.data.decoding import LABEL_SIZES, read_depth
@@ -545,7 +545,7 @@ class TestSoft:
         """A model that has learnt the labels of enlarged pictures says nothing new of the picture itself."""
         size = (8, 12)
         depth = torch.linspace(1, 9, 4).view(4, 1, 1, 1).expand(4, 1, *size)
-        enlarge = Warp(scale(torch.full((4,), zoom), size), torch.zeros(4))
+        enlarge = geometry.Warp(geometry.scale(torch.full((4,), zoom), size), torch.zeros(4))
         batch = {"image": torch.zeros(4, 3, *size), "depth": depth}
         seen = warp(batch, enlarge, depth_convention=convention, inverse_depth=task.inverse)["depth"]
         middle = seen[..., 4:5, 6:7]
