@@ -51,7 +51,7 @@ from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
 from mtl.training.pictures import Panels, channels_last, draw_curves, draw_predictions, draw_rows, overlay
 from mtl.training.tracking import log_predictions, start_wandb
-from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, save_backbone
+from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, load_weights, require, save_backbone
 
 PICTURES = 4
 """How many validation samples are drawn, always the same ones."""
@@ -92,7 +92,7 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     folder = resume or surroundings.folder or new_folder(experiment)
     first = surroundings.rank == 0
     # A damaged checkpoint is refused before the data is read.
-    thawed_at = load_checkpoint(resume / "last.ckpt")["thawed_at"] if resume else None
+    thawed_at = _check_resumable(experiment, resume / "last.ckpt")["thawed_at"] if resume else None
     lightning.seed_everything(experiment.seed, verbose=False)
     training = load_samples(experiment, "train", surroundings)
     validation = load_samples(experiment, "validation", surroundings)
@@ -160,7 +160,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         )
         done = (trainer.current_epoch, trainer.global_step)
         resume = None
-    module.load_state_dict(load_checkpoint(find_checkpoint(folder))["state_dict"])
+    path = find_checkpoint(folder)
+    load_weights(module, load_checkpoint(path)["state_dict"], path)
     outcome = Outcome(folder, _measure(module, validation, experiment), dict(module.constant), done[1], 0.0)
     if first:
         _draw(module, validation, history, outcome, wandb_logger)
@@ -209,7 +210,7 @@ def evaluate(
             f"{'inverse depth' if info.inverse_depth else 'metres'}; evaluate on data of the same kind"
         )
     # The model is that of the training's data, of whose targets these may have but some.
-    module = _restored(experiment, checkpoint, trained_on)
+    module = _restored(run, experiment, checkpoint, trained_on)
     results = _measure(module, samples, experiment)
     return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
 
@@ -225,7 +226,7 @@ def load_run(run: Path, changes: Mapping[str, Any]) -> MultiTaskModule:
         UserError: The run cannot be used.
     """
     experiment, checkpoint = _stored(run, {"compile": False, "devices": 1, **changes})
-    module = _restored(experiment, checkpoint, DataInfo(**checkpoint["data"]))
+    module = _restored(run, experiment, checkpoint, DataInfo(**checkpoint["data"]))
     device = experiment.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -237,15 +238,33 @@ def _stored(run: Path, changes: Mapping[str, Any]) -> tuple[Experiment, dict[str
     path = find_checkpoint(run)
     checkpoint = load_checkpoint(path)
     experiment = changed(stored_experiment(checkpoint, path), changes)
+    require(checkpoint, path, "state_dict", "data", "global_step")
     check_machine(experiment)
     return experiment, checkpoint
 
 
-def _restored(experiment: Experiment, checkpoint: Mapping[str, Any], info: DataInfo) -> MultiTaskModule:
+def _check_resumable(experiment: Experiment, path: Path) -> dict[str, Any]:
+    """Return a run's last checkpoint, if it has all that going on needs and belongs to the configuration beside it."""
+    checkpoint = load_checkpoint(path)
+    stored = stored_experiment(checkpoint, path)
+    require(checkpoint, path, "state_dict", "data", "constant", "thawed_at", "generators", "loops", "lr_schedulers")
+    require(checkpoint, path, "optimizer_states", *(["ema"] if experiment.ema is not None else []))
+    if not checkpoint["optimizer_states"]:
+        raise UserError(f"{path} holds no state of the optimizer, and cannot be gone on from; start anew with --init")
+    for name in ("task", "backbone", "decoder", "decoder_channels", "lora", "ema"):
+        if getattr(stored, name) != getattr(experiment, name):
+            raise UserError(
+                f"{path} was made with {name} {getattr(stored, name)}, and config.yaml beside it says "
+                f"{getattr(experiment, name)}; put that back, or start a new run with --init"
+            )
+    return checkpoint
+
+
+def _restored(run: Path, experiment: Experiment, checkpoint: Mapping[str, Any], info: DataInfo) -> MultiTaskModule:
     """Return the module that a checkpoint was made of, with its weights."""
     module = build_module(experiment, info, total_steps=0)
     adapt(module)
-    module.load_state_dict(checkpoint["state_dict"])
+    load_weights(module, checkpoint["state_dict"], find_checkpoint(run))
     return module
 
 
