@@ -208,6 +208,7 @@ class _CheckedSource:
             raise UserError(f"the data set {name!r} has no sample")
         for target in self.info.targets:
             self.labelled(target)
+        self.name(0)
         self.read([0], self.info.targets)
 
     def __len__(self) -> int:
@@ -249,36 +250,35 @@ class _CheckedSource:
                     f"the data set {self._name!r}: read gives {len(samples)} samples where {len(indices)} are asked for"
                 )
             for index, sample in zip(indices, samples, strict=True):
-                self._check(sample, f"the sample {self.name(index)!r} of the data set {self._name!r}")
+                if wrong := self._wrong(sample):
+                    raise UserError(f"the sample {self.name(index)!r} of the data set {self._name!r} has {wrong}")
             # Copies: what is done to a sample later is not to reach one that the source keeps.
             return [dict(sample) for sample in samples]
 
-    def _check(self, sample: Any, what: str) -> None:
-        """Refuse a sample that is not as `mtl.data.sample` says."""
+    def _wrong(self, sample: Any) -> str | None:
+        """Return what of a sample is not as `mtl.data.sample` says."""
         if not isinstance(sample, dict) or "image" not in sample:
-            raise UserError(f"{what} is not a dictionary with an 'image'")
+            return "no 'image': samples are dictionaries with one"
         for key, value in sample.items():
             if key not in ("image", "intrinsics", *TARGETS):
-                raise UserError(f"{what} has the key {key!r}; allowed are image, intrinsics, {', '.join(TARGETS)}")
+                return f"the key {key!r}; allowed are image, intrinsics, {', '.join(TARGETS)}"
             channels = (3,) if key in ("image", "normals") else ()
             shape = (3, 3) if key == "intrinsics" else (*self._size, *channels)
             dtype = "uint8" if key in ("image", "segmentation") else "float32"
-            if not (isinstance(value, np.ndarray) and value.shape == shape and value.dtype == dtype):
-                is_array = isinstance(value, np.ndarray)
-                given = f"{value.dtype} {value.shape}" if is_array else f"a {type(value).__name__}"
-                raise UserError(f"{key!r} of {what} is {given}, and must be an array, {dtype} {shape}")
+            if not isinstance(value, np.ndarray):
+                return f"a {type(value).__name__} as {key!r}, which must be an array, {dtype} {shape}"
+            if value.shape != shape or value.dtype != dtype:
+                return f"{value.dtype} {value.shape} as {key!r}, which must be {dtype} {shape}"
             if dtype == "float32" and not np.isfinite(value).all():
-                raise UserError(f"{key!r} of {what} has values that are not finite; what is not known is 0")
+                return f"values that are not finite in {key!r}; where nothing is known, store 0"
             classes = len(self.info.classes)
             if (
                 key == "segmentation"
                 and classes
-                and (wrong := value[(value >= classes) & (value != IGNORE_INDEX)]).size
+                and (beyond := value[(value >= classes) & (value != IGNORE_INDEX)]).size
             ):
-                raise UserError(
-                    f"'segmentation' of {what} has the class {wrong[0]}, and there are {classes}, counted from 0; "
-                    f"{IGNORE_INDEX} is no label"
-                )
+                return f"the class {beyond[0]}, and there are {classes}, counted from 0; {IGNORE_INDEX} is no label"
+        return None
 
 
 def weigh(rule: Weighting, losses: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:

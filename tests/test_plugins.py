@@ -13,9 +13,10 @@ from torch.nn import functional
 import mtl
 from mtl import registry
 from mtl.cli import main
+from mtl.data.caching import Fingerprinted
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
-from mtl.plugins import check_task, load_plugins
+from mtl.plugins import check_task, check_weighting, load_plugins, open_data_set, weigh
 from mtl.tasks.depth import Depth, DepthOptions
 from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation, SegmentationOptions
@@ -119,6 +120,25 @@ WRONG = [
     ),
     ("import mtl\nmtl.register_data_set('mine')(3)\n", ["'mine'", "int"]),
     ("import mtl\n@mtl.register_weighting('mine')\nclass R(mtl.Weighting):\n    pass\n", ["'mine'", "forward"]),
+    ("import sys\nsys.exit(0)\n", ["line 2", "SystemExit: 0"]),
+    ("import sys\n\nsys.exit('enough')\n", ["line 3", "SystemExit: enough"]),
+    *(
+        (f"import mtl\n@mtl.register_task\nclass A(mtl.Depth):\n    name = {name!r}\n", [repr(name), "ModuleDict"])
+        for name in ("train", "keys", "training", "float", "_modules")
+    ),
+    ("import mtl\n@mtl.register_task\nclass A(mtl.Depth):\n    name = 3\n", ["3", "letters"]),
+    (
+        "import mtl\n@mtl.register_task\nclass A(mtl.Depth):\n    name = 'a'\n    target = ['depth']\n",
+        ["['depth']", "segmentation, depth, normals"],
+    ),
+    (
+        "import mtl\n@mtl.register_task\nclass A(mtl.Depth):\n    name = 'a'\n    higher_is_better = ['abs_rel']\n",
+        ["'a'", "['abs_rel']", "dictionary"],
+    ),
+    (
+        "import mtl\n@mtl.register_task\nclass A(mtl.Depth):\n    name = 'a'\n    main_metric = ['abs_rel']\n",
+        ["'a'", "['abs_rel']", "higher_is_better lacks"],
+    ),
 ]
 
 
@@ -132,6 +152,46 @@ def test_a_wrong_file_is_refused_in_a_sentence(code: str, said: list[str], tmp_p
     assert all(part in str(error.value) for part in ["wrong.py", *said])
 
 
+def test_leaving_is_no_success_and_a_relative_path_has_lines_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quiet.py").write_text("import sys\nsys.exit()\n")
+    assert run("train", "--plugin", "quiet.py") == 2
+    assert capsys.readouterr().err == "error: quiet.py, line 2: running it raised SystemExit\n"
+
+
+def test_ctrl_c_in_a_plugin_is_the_person_s(tmp_path: Path) -> None:
+    file = tmp_path / "slow.py"
+    file.write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        load_plugins([file])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--plugin", EDGES, STRIPES],
+        ["--plugin", EDGES, "--plugin", STRIPES],
+        [f"--plugin={EDGES}", f"--plugin={STRIPES}"],
+        ["--plugin", EDGES, "--lr", "0.1", "--plugin", STRIPES],
+    ],
+)
+def test_plugins_add_up(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--task", "edges", "--data.name", "stripes", "--weighting", "inverse", "--print-config"]
+    assert run("train", *words, *wanted) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["needs_plugins"] == [EDGES, STRIPES]
+
+
+def test_two_configurations_are_not_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("task: [depth]\n")
+    words = ["--config", str(tmp_path / "a.yaml"), "--lr", "0.1", f"--config={tmp_path / 'b.yaml'}"]
+    assert run("train", *words, "--print-config") == 2
+    said = capsys.readouterr().err
+    assert "--config" in said and "a.yaml" in said and "b.yaml" in said and said.count("\n") == 1
+
+
 def test_a_missing_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--plugin", str(tmp_path / "none.py")) == 2
     assert "none.py" in capsys.readouterr().err
@@ -143,12 +203,18 @@ CHANGES = [
     ("def loss(self, outputs, batch):\n        return batch['nothing']", ["loss", "KeyError"]),
     ("def predict(self, outputs):\n        return outputs.nothing", ["predict", "AttributeError"]),
     ("def initial_bias(self):\n        return torch.zeros(3)", ["initial_bias", "(1,)"]),
+    ("def initial_bias(self):\n        return torch.tensor([float('nan')])", ["initial_bias", "nan", "finite"]),
+    ("def initial_bias(self):\n        return 0.5", ["initial_bias", "tensor"]),
+    ("def remaining_error(self, metrics):\n        return None", ["remaining_error", "None", "finite"]),
+    ("def remaining_error(self, metrics):\n        return float('nan')", ["remaining_error", "nan", "finite"]),
+    ("def remaining_error(self, metrics):\n        return -metrics['f1']", ["remaining_error", "0 or more"]),
+    ("def loss(self, outputs, batch):\n        import sys\n        sys.exit()", ["loss", "SystemExit"]),
     ("def metrics(self):\n        return {}", ["metrics", "torchmetrics"]),
     ("def pictures(self, prediction, target):\n        return {'a': mtl.Panel(prediction)}", ["pictures"]),
 ]
 
 
-@pytest.mark.parametrize(("method", "said"), CHANGES, ids=[said[0] for _, said in CHANGES])
+@pytest.mark.parametrize(("method", "said"), CHANGES, ids=range(len(CHANGES)))
 def test_a_task_that_breaks_its_contract_is_refused_before_training(
     method: str, said: list[str], tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,18 +222,233 @@ def test_a_task_that_breaks_its_contract_is_refused_before_training(
     code = (EXAMPLES / "edges.py").read_text()
     file = tmp_path / "mine.py"
     file.write_text(code.replace(f"def {name}(self", f"{method}\n\n    def old_{name}(self"))
-    if name == "metrics":
-        file.write_text(file.read_text())
     assert run("train", "--plugin", str(file), "--task", "edges", *tiny) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(part in error for part in ["mine.py", "'edges'", *said])
     assert not (tmp_path / "runs").exists()
 
 
+ON_REAL_BATCHES = [
+    # Only batches of training are of 32 x 32 pixels.
+    ("        edge, known = edges_of(batch", "loss of the task 'edges'"),
+    ("        return outputs[:, 0].float().sigmoid()", "predict of the task 'edges'"),
+    ("        edge, known = edges_of(target)\n        found", "metrics' update of the task 'edges'"),
+    ("        right, wrong, missed", "metrics' compute of the task 'edges'"),
+]
+
+
+@pytest.mark.parametrize(("place", "said"), ON_REAL_BATCHES, ids=["loss", "predict", "update", "compute"])
+def test_what_only_a_real_batch_raises_is_said_in_a_sentence(
+    place: str, said: str, tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (EXAMPLES / "edges.py").read_text()
+    assert code.count(place) == 1
+    real = {"loss": "outputs.shape[-1] == 32", "predict": "outputs.shape[-1] == 32", "update": "target.shape[-1] == 32"}
+    condition = real.get(said.removeprefix("metrics' ").split()[0], "self.counts.sum() > 2 * 2 * 16 * 24")
+    file = tmp_path / "mine.py"
+    file.write_text(code.replace(place, f"        if {condition}:\n            [][0]\n{place}"))
+    line = file.read_text().splitlines().index("            [][0]") + 1
+    assert run("train", "--plugin", str(file), "--task", "edges", "--max-steps", "2", *tiny) == 2
+    expected = f"{file}, line {line}: {said} raised IndexError: list index out of range"
+    assert f"error: {expected}\n" == capsys.readouterr().err
+
+
+def rule(body: str, tmp_path: Path, *, before: str = "") -> mtl.Weighting:
+    """Return a plugin's rule for the tasks 'a' and 'b', of the lines of its forward."""
+    lines = "".join(f"        {line}\n" for line in body.splitlines())
+    file = tmp_path / "rules.py"
+    file.write_text(
+        "import torch\nimport mtl\n\n@mtl.register_weighting('mine')\nclass Rule(mtl.Weighting):\n"
+        f"{before}    def forward(self, losses):\n{lines}"
+    )
+    load_plugins([file])
+    return registry.weightings["mine"](["a", "b"])
+
+
+RULES = [
+    ("return None", ["NoneType"]),
+    ("return [torch.tensor(1.0), torch.tensor(1.0)]", ["list", "'a', 'b'"]),
+    ("return {}", ["no task", "'a', 'b'"]),
+    ("return {'a': torch.tensor(1.0)}", ["weights for 'a',", "'a', 'b'"]),
+    ("return {t: torch.tensor(1.0) for t in ('a', 'b', 'c')}", ["'a', 'b', 'c'"]),
+    ("return {t: 1.0 for t in losses}", ["'a'", "a float", "scalar tensor"]),
+    ("return {t: torch.ones(3) for t in losses}", ["'a'", "(3,)", "scalar tensor"]),
+    ("return {t: torch.tensor(1) for t in losses}", ["'a'", "int64", "floats"]),
+    ("return {t: torch.tensor(-0.5) for t in losses}", ["'a'", "-0.5", "0 or more"]),
+    ("return {t: torch.tensor(float('nan')) for t in losses}", ["'a'", "nan", "finite"]),
+    ("return {t: torch.tensor(float('inf')) for t in losses}", ["'a'", "inf", "finite"]),
+    ("return {t: torch.tensor(0.0) for t in losses}", ["every task", "positive"]),
+    ("return {t: 1 / loss.detach() for t, loss in losses.items()}", ["inf", "'a' is zero", "without labels"]),
+    ("return losses['nothing']", ["line 7", "KeyError: 'nothing'"]),
+    ("raise SystemExit", ["line 7", "SystemExit"]),
+    (
+        "past = getattr(self, 'past', losses)\nself.past = losses\n"
+        "return {t: (past[t] + 1) / (loss + 1) for t, loss in losses.items()}",
+        ["backward through the graph a second time"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "said"), RULES, ids=range(len(RULES)))
+def test_a_rule_that_breaks_its_contract_is_refused(body: str, said: list[str], tmp_path: Path) -> None:
+    made = rule(body, tmp_path)
+    with pytest.raises(UserError) as error:
+        check_weighting(made, ["a", "b"])
+    assert "\n" not in str(error.value) and str(error.value).count("rules.py") == 1
+    assert all(part in str(error.value) for part in ["'mine'", *said])
+
+
+LEARNT = """\
+    def __init__(self, tasks):
+        super().__init__(tasks)
+        self.logits = torch.nn.Parameter(torch.zeros(len(tasks)))
+        self.register_buffer("calls", torch.zeros(()))
+
+"""
+
+
+def test_a_rule_that_learns_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
+    made = rule("self.calls += 1\nreturn dict(zip(losses, self.logits.softmax(0)))", tmp_path, before=LEARNT)
+    check_weighting(made, ["a", "b"])
+    assert made.calls == 0 and not made.logits.any() and made.logits.grad is None
+    assert weigh(made, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 0)["a"] == 0.5 and made.calls == 1
+
+
+@pytest.mark.parametrize(
+    "weights", ["{'a': torch.tensor(0.0), 'b': torch.tensor(1.0)}", "{t: losses[t] for t in 'ba'}"]
+)
+def test_a_zero_weight_is_allowed_and_order_is_free(weights: str, tmp_path: Path) -> None:
+    check_weighting(rule(f"return {weights}", tmp_path), ["a", "b"])
+
+
+def test_a_rule_is_not_blamed_for_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    made = rule("return {t: 1 / (1 + loss.detach()) for t, loss in losses.items()}", tmp_path)
+    diverged = {"a": torch.tensor(float("nan")), "b": torch.tensor(1.0)}
+    assert weigh(made, diverged, 3)["a"].isnan()
+    made = rule("return {t: torch.tensor(float('nan')) for t in losses}", tmp_path)
+    with pytest.raises(UserError, match=r"'mine' gives 'a' the weight nan at step 3"):
+        weigh(made, {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, 3)
+
+
+def test_a_wrong_rule_leaves_no_folder_and_a_late_one_says_its_step(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule("return {t: 1.0 for t in losses}", tmp_path)
+    words = ["--plugin", str(tmp_path / "rules.py"), "--weighting", "mine", "--task", "depth", "--max-steps", "9"]
+    assert run("train", *words, *tiny) == 2
+    assert "scalar tensor" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    rule("self.n = getattr(self, 'n', 0) + 1\nreturn {t: torch.tensor(5.0 - self.n) for t in losses}", tmp_path)
+    assert run("train", *words, *tiny) == 2
+    said = capsys.readouterr().err
+    assert "'mine' gives 'depth' the weight -1.0 at step 5" in said and said.count("\n") == 1
+
+
 def test_the_package_s_own_tasks_pass_the_check() -> None:
     info = DataInfo("data", ("segmentation", "depth", "normals"), ("a", "b", "c"))
     for task in (Segmentation(SegmentationOptions(), info), Depth(DepthOptions(), info), Normals(info)):
         check_task(task)
+
+
+def stripes(tmp_path: Path, place: str, change: str) -> Path:
+    """Return a plugin with the example's data set, of which one line is another."""
+    code = (EXAMPLES / "stripes.py").read_text()
+    assert code.count(place) == 1
+    file = tmp_path / "mine.py"
+    file.write_text(code.replace(place, change))
+    load_plugins([file])
+    return file
+
+
+READ = "return [self._one(self.first + index, set(targets)) for index in indices]"
+GIVE = "return sample | {target: labels[target] for target in targets & labels.keys()}"
+SOURCES = [
+    (READ, "return [self._one(index, set(targets)) for index in indices][:3]", ["3 samples", "4 are asked"]),
+    (READ, "return None", ["read of", "NoneType"]),
+    (READ, "return [0 for _ in indices]", ["'image'"]),
+    (GIVE, "return sample | ({'depth': labels['depth'][:-1]} if number == 2 else {})", ["'depth'", "'2'", "(31, 32)"]),
+    (GIVE, "return sample | ({'depth': labels['depth'] * np.float64(1)} if number > 2 else {})", ["'3'", "float64"]),
+    (GIVE, "return sample | {'depth': labels['depth'].tolist()}", ["'depth'", "a list", "array"]),
+    (GIVE, "return sample | {'depth': labels['depth'] * np.float32('nan')}", ["'depth'", "not finite"]),
+    (GIVE, "return sample | {'segmentation': labels['segmentation'] + np.uint8(1)}", ["class 2", "there are 2"]),
+    (GIVE, "return sample | {'intrinsics': np.eye(3)}", ["'intrinsics'", "float64 (3, 3)", "float32 (3, 3)"]),
+    (GIVE, "return sample | {'deph': labels['depth']}", ["'deph'", "depth, normals"]),
+    (GIVE, "return sample | {'depth': labels['dept']}", ["line 38", "KeyError: 'dept'"]),
+    (GIVE, "return sample if number < 3 else exit()", ["line 38", "read of", "SystemExit"]),
+    (
+        "return np.full(len(self), target in self.info.targets)",
+        "return [True] * 16",
+        ["labelled", "boolean array of 16"],
+    ),
+    ("return 16", "return 0", ["no sample"]),
+    ('return f"{self.first + index}"', "return nothing", ["line 24: name of", "NameError"]),
+]
+
+
+@pytest.mark.parametrize(("place", "change", "said"), SOURCES, ids=range(len(SOURCES)))
+def test_every_sample_of_a_data_set_is_checked(place: str, change: str, said: list[str], tmp_path: Path) -> None:
+    stripes(tmp_path, place, change)
+    with pytest.raises(UserError) as error:
+        source = open_data_set("stripes", None, "train", (32, 32))
+        source.name(0)
+        source.read([0, 1, 2, 3], ["depth", "segmentation"])
+    assert "\n" not in str(error.value) and str(error.value).count("mine.py") == 1
+    assert all(part in str(error.value) for part in ["'stripes'", *said])
+
+
+def test_a_right_data_set_answers_as_it_would_unchecked() -> None:
+    """Except that it is not asked for what it does not have."""
+    load_plugins([Path(STRIPES)])
+    checked = open_data_set("stripes", None, "train", (32, 32))
+    plain = registry.data_sets["stripes"](None, split="train", size=(32, 32))
+    assert checked.info == plain.info and len(checked) == 16 and checked.name(3) == "3"
+    assert checked.labelled("depth").all() and not checked.labelled("normals").any()
+    samples = checked.read([5, 1], ["depth", "normals"]), plain.read([5, 1], ["depth"])
+    for ours, theirs in zip(*samples, strict=True):
+        assert ours.keys() == {"image", "depth"}
+        assert all((ours[key] == theirs[key]).all() for key in theirs)
+    assert isinstance(checked, Fingerprinted) and checked.fingerprint() is None
+
+
+def test_a_data_set_keeps_its_samples_and_its_fingerprint(tmp_path: Path) -> None:
+    code = (
+        "if not hasattr(self, 'kept'):\n            self.kept = self._one(0, set(targets))\n"
+        "        return [self.kept for _ in indices]\n\n    def fingerprint(self):\n        return 'v1'"
+    )
+    stripes(tmp_path, READ, code)
+    source = open_data_set("stripes", None, "train", (32, 32))
+    del source.read([0], ["depth"])[0]["depth"]
+    assert "depth" in source.read([0], ["depth"])[0]
+    known = [open_data_set("stripes", None, "train", size).fingerprint() for size in ((32, 32), (32, 32), (32, 64))]
+    assert known[0] == known[1] != known[2], "of another size they are other samples"
+
+
+def test_a_split_that_is_not_there_is_said_to_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--plugin", STRIPES, "--data.name", "stripes", "--data.size", "32", "32", "--init", "none"]
+    words += ["--max-steps", "1", "--batch-size", "4", "--decoder-channels", "16", "--logger", "csv"]
+    assert run("train", *words, "--output-dir", str(tmp_path), "--name", "run") == 0
+    capsys.readouterr()
+    assert run("evaluate", str(tmp_path / "run"), "--plugin", STRIPES, "--split", "test") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --split test: the data set 'stripes' seems to have no test split")
+    assert "stripes.py, line 18" in said and "KeyError: 'test'" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("raised", ["KeyError(split)", "ValueError(split)", "mtl.UserError(split)"])
+def test_however_a_data_set_refuses_a_split(raised: str, tmp_path: Path) -> None:
+    stripes(
+        tmp_path,
+        "        self.first, ",
+        f"        if split == 'test':\n            raise {raised}\n        self.first, ",
+    )
+    with pytest.raises(UserError, match=r"^--split test: .*'stripes' seems to have no test split"):
+        open_data_set("stripes", None, "test", (32, 32))
+
+
+def test_other_errors_of_a_test_split_are_not_called_a_missing_split(tmp_path: Path) -> None:
+    stripes(tmp_path, "        self.first, ", "        nothing\n        self.first, ")
+    with pytest.raises(UserError, match="NameError") as error:
+        open_data_set("stripes", None, "test", (32, 32))
+    assert "--split" not in str(error.value)
 
 
 def test_the_public_names_are_there_and_the_command_line_stays_light() -> None:
