@@ -25,7 +25,8 @@ from mtl.errors import UserError, nearest
 from mtl.models.backbone import Backbone
 from mtl.models.heads import Head, encoder_stride, resolve_decoder
 from mtl.models.multitask import MultiTaskModel
-from mtl.plugins import check_task, check_weighting, file_of, in_plugin, open_data_set
+from mtl.plugin_checks import check_task, check_weighting, open_data_set
+from mtl.plugins import file_of, in_plugin
 from mtl.tasks.base import Task
 from mtl.tasks.depth import Depth
 from mtl.tasks.normals import Normals

@@ -16,7 +16,8 @@ from mtl.cli import main
 from mtl.data.caching import Fingerprinted
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
-from mtl.plugins import check_task, check_weighting, load_plugins, open_data_set, weigh
+from mtl.plugin_checks import check_task, check_weighting, open_data_set, weigh
+from mtl.plugins import load_plugins
 from mtl.tasks.depth import Depth, DepthOptions
 from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation, SegmentationOptions
@@ -267,7 +268,7 @@ def rule(body: str, tmp_path: Path, *, before: str = "") -> mtl.Weighting:
 
 RULES = [
     ("return None", ["NoneType"]),
-    ("return [torch.tensor(1.0), torch.tensor(1.0)]", ["list", "'a', 'b'"]),
+    ("return [torch.tensor(1.0), torch.tensor(1.0)]", ["a list", "dictionary"]),
     ("return {}", ["no task", "'a', 'b'"]),
     ("return {'a': torch.tensor(1.0)}", ["weights for 'a',", "'a', 'b'"]),
     ("return {t: torch.tensor(1.0) for t in ('a', 'b', 'c')}", ["'a', 'b', 'c'"]),

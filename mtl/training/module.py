@@ -13,7 +13,8 @@ from torchmetrics import Metric
 from mtl.config import Experiment
 from mtl.data.sample import Batch, DataInfo, as_floats
 from mtl.models.multitask import MultiTaskModel
-from mtl.plugins import in_plugin_of, weigh
+from mtl.plugin_checks import weigh
+from mtl.plugins import in_plugin_of
 from mtl.tasks.base import Task
 from mtl.transfer.groups import parameter_groups
 from mtl.weighting.base import Weighting

@@ -1,0 +1,295 @@
+"""What users' code is held to: tasks, data sets and rules do as their contract says, or a sentence says what not."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric
+
+from mtl import registry
+from mtl.data.caching import Fingerprinted, digest
+from mtl.data.sample import IGNORE_INDEX, TARGETS, DataInfo, Sample, Source
+from mtl.errors import UserError
+from mtl.plugins import file_of, in_plugin, title_of
+from mtl.tasks.base import Panel, Task
+from mtl.weighting.base import Weighting
+
+T = TypeVar("T")
+
+
+def open_data_set(name: str, root: Path | None, split: str, size: tuple[int, int]) -> Source:
+    """Open a plugin's data set.
+
+    Args:
+        name: Its name.
+        root: What ``--data.root`` says.
+        split: 'train', 'validation' or 'test'.
+        size: Height and width that samples must have.
+
+    Returns:
+        The data set, whose every answer is checked.
+
+    Raises:
+        UserError: It cannot be opened, has no such split, or is no `mtl.data.sample.Source`.
+    """
+    factory = registry.data_sets[name]
+    file = file_of(factory) or name
+    try:
+        with in_plugin(file, f"opening the data set {name!r}"):
+            source = factory(root, split=split, size=size)
+    except UserError as error:
+        if split == "test" and isinstance(error.__cause__, KeyError | ValueError | UserError):
+            raise UserError(
+                f"--split test: the data set {name!r} seems to have no test split ({error}); leave --split out"
+            ) from error
+        raise
+    with in_plugin(file, f"trying the data set {name!r}"):
+        return _CheckedSource(source, name, file, size)
+
+
+class _CheckedSource:
+    """A plugin's data set, which is told from a `Source` that breaks the contract at every answer it gives.
+
+    Args:
+        source: What the plugin gives.
+        name: The data set's name, for messages.
+        file: The plugin.
+        size: Height and width that samples must have.
+
+    Raises:
+        UserError: Here and in every method, the source raises or returns what the contract does not allow.
+    """
+
+    def __init__(self, source: Any, name: str, file: Path | str, size: tuple[int, int]) -> None:
+        missing = [part for part in ("info", "__len__", "name", "labelled", "read") if not hasattr(source, part)]
+        if missing:
+            raise UserError(f"the data set {name!r} gives a {type(source).__name__} without {', '.join(missing)}")
+        if not isinstance(source.info, DataInfo):
+            raise UserError(f"the data set {name!r}: info is a {type(source.info).__name__}, not a mtl.DataInfo")
+        if wrong := [target for target in source.info.targets if target not in TARGETS]:
+            raise UserError(f"the data set {name!r} has the target {wrong[0]!r}; targets are {', '.join(TARGETS)}")
+        self.info: DataInfo = source.info
+        self._source, self._name, self._file, self._size = source, name, file, size
+        self._length = len(source)
+        if not self._length:
+            raise UserError(f"the data set {name!r} has no sample")
+        for target in self.info.targets:
+            self.labelled(target)
+        self.name(0)
+        self.read([0], self.info.targets)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def name(self, index: int) -> str:
+        """Return what a person would call this sample."""
+        with in_plugin(self._file, f"name of the data set {self._name!r}"):
+            return str(self._source.name(index))
+
+    def labelled(self, target: str) -> np.ndarray:
+        """Return which samples have a label of this target; the source is only asked about those that it has."""
+        if target not in self.info.targets:
+            return np.zeros(self._length, dtype=bool)
+        with in_plugin(self._file, f"labelled of the data set {self._name!r}"):
+            labelled = self._source.labelled(target)
+            if isinstance(labelled, np.ndarray) and labelled.dtype == bool and labelled.shape == (self._length,):
+                return labelled
+            raise UserError(
+                f"the data set {self._name!r}: labelled({target!r}) must be a boolean array of {self._length}, "
+                "one a sample"
+            )
+
+    def fingerprint(self) -> str | None:
+        """Return a text that changes with the samples, or None where the source cannot tell."""
+        if not isinstance(self._source, Fingerprinted):
+            return None
+        with in_plugin(self._file, f"fingerprint of the data set {self._name!r}"):
+            known = self._source.fingerprint()
+            return None if known is None else digest(self._size, known)
+
+    def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
+        """Return samples; the source is only asked for targets that it has."""
+        wanted = tuple(target for target in targets if target in self.info.targets)
+        with in_plugin(self._file, f"read of the data set {self._name!r}"):
+            samples = list(self._source.read(indices, wanted))
+            if len(samples) != len(indices):
+                raise UserError(
+                    f"the data set {self._name!r}: read gives {len(samples)} samples where {len(indices)} are asked for"
+                )
+            for index, sample in zip(indices, samples, strict=True):
+                if wrong := self._wrong(sample):
+                    raise UserError(f"the sample {self.name(index)!r} of the data set {self._name!r} has {wrong}")
+            # Copies: what is done to a sample later is not to reach one that the source keeps.
+            return [dict(sample) for sample in samples]
+
+    def _wrong(self, sample: Any) -> str | None:
+        """Return what of a sample is not as `mtl.data.sample` says."""
+        if not isinstance(sample, dict) or "image" not in sample:
+            return "no 'image': samples are dictionaries with one"
+        for key, value in sample.items():
+            if key not in ("image", "intrinsics", *TARGETS):
+                return f"the key {key!r}; allowed are image, intrinsics, {', '.join(TARGETS)}"
+            channels = (3,) if key in ("image", "normals") else ()
+            shape = (3, 3) if key == "intrinsics" else (*self._size, *channels)
+            dtype = "uint8" if key in ("image", "segmentation") else "float32"
+            if not isinstance(value, np.ndarray):
+                return f"a {type(value).__name__} as {key!r}, which must be an array, {dtype} {shape}"
+            if value.shape != shape or value.dtype != dtype:
+                return f"{value.dtype} {value.shape} as {key!r}, which must be {dtype} {shape}"
+            if dtype == "float32" and not np.isfinite(value).all():
+                return f"values that are not finite in {key!r}; where nothing is known, store 0"
+        classes, labels = len(self.info.classes), sample.get("segmentation", np.zeros(0, np.uint8))
+        beyond = labels[(labels >= classes) & (labels != IGNORE_INDEX)] if classes else labels[:0]
+        if beyond.size:
+            return f"the class {beyond[0]}, and there are {classes}, counted from 0; {IGNORE_INDEX} is no label"
+        return None
+
+
+def weigh(rule: Weighting, losses: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
+    """Return a rule's weights; those of a plugin's rule are checked, which makes it wait for the device.
+
+    Args:
+        rule: The rule.
+        losses: Scalar losses by task.
+        step: Optimizer steps done, for the message.
+
+    Raises:
+        UserError: A plugin's rule raises, or returns what `Weighting` does not allow.
+    """
+    if file_of(rule) is None:
+        weights: Mapping[str, Tensor] = rule(losses)
+        return weights
+    return _checked_weights(rule, losses, f" at step {step}")
+
+
+def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
+    """Try a copy of a rule for a few steps, before any training depends on it.
+
+    Args:
+        rule: The rule.
+        tasks: The tasks' names.
+
+    Raises:
+        UserError: The rule raises, or returns what `Weighting` does not allow.
+    """
+    with in_plugin(file_of(rule) or type(rule).__name__, f"trying {title_of(rule)}"):
+        tried = copy.deepcopy(rule).train()
+        outputs = torch.linspace(1, 2, len(tasks)).requires_grad_()
+        optimizer = torch.optim.SGD([outputs, *tried.parameters()], lr=0.01)
+        # Thrice, as a rule may remember, and may keep a graph that is gone by then; last without a label of a task.
+        for unlabelled in (None, None, tasks[0]):
+            losses = {task: out**2 * (task != unlabelled) for task, out in zip(tasks, outputs, strict=True)}
+            when = f" where the loss of {unlabelled!r} is zero, as without labels" if unlabelled else ""
+            weights = _checked_weights(tried, losses, when)
+            if not unlabelled and not any(weights.values()):
+                raise UserError(f"{title_of(rule)} gives every task the weight 0, and one must be positive")
+            optimizer.zero_grad()
+            torch.autograd.backward(torch.stack([weights[task] * loss for task, loss in losses.items()]).sum())
+            optimizer.step()
+
+
+def _checked_weights(rule: Weighting, losses: Mapping[str, Tensor], when: str) -> Mapping[str, Tensor]:
+    title = title_of(rule)
+    with in_plugin(file_of(rule) or type(rule).__name__, f"{title}{when}"):
+        weights = rule(losses)
+        if not isinstance(weights, Mapping):
+            raise UserError(f"{title} gives a {type(weights).__name__}, and must give a dictionary of weights by task")
+        if weights.keys() != losses.keys():
+            given, wanted = (", ".join(map(repr, tasks)) or "no task" for tasks in (weights, losses))
+            raise UserError(f"{title} gives weights for {given}, and must give one for each of {wanted}")
+        for task, weight in weights.items():
+            if not isinstance(weight, Tensor):
+                raise UserError(f"{title} gives {task!r} a {type(weight).__name__}, and must give a scalar tensor")
+            if weight.shape != () or not weight.is_floating_point():
+                given = f"a tensor of {weight.dtype}, {tuple(weight.shape)}"
+                raise UserError(f"{title} gives {task!r} {given}, and must give a scalar tensor of floats")
+            value = weight.item()
+            # Of losses that are not finite nothing follows, and what to do about them is said elsewhere.
+            if not (math.isfinite(value) and value >= 0) and all(loss.isfinite() for loss in losses.values()):
+                raise UserError(f"{title} gives {task!r} the weight {value}{when}; weights are finite, and 0 or more")
+    checked: Mapping[str, Tensor] = weights
+    return checked
+
+
+def check_task(task: Task, size: tuple[int, int] = (16, 24)) -> None:
+    """Try a task on random outputs and labels, before any training depends on it.
+
+    Args:
+        task: The task.
+        size: Height and width of what it is tried on.
+
+    Raises:
+        UserError: A method raises, or returns what `Task` does not allow; the sentence names it.
+    """
+    file = file_of(task) or type(task).__name__
+    with in_plugin(file, f"trying {title_of(task)}"):
+        _try_task(task, size, file)
+
+
+def _try_task(task: Task, size: tuple[int, int], file: Path | str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = _random_target(task, size, generator)
+    empty = torch.full_like(target, TARGETS[task.target].invalid)
+
+    def attempt(method: str, call: Callable[..., T], *arguments: Any) -> T:
+        with in_plugin(file, f"{method} of {title_of(task)}"):
+            return call(*arguments)
+
+    def expect(holds: bool, method: str, what: str) -> None:
+        if not holds:
+            raise UserError(f"{method} of {title_of(task)} {what}")
+
+    channels: int = attempt("channels", getattr, task, "channels")
+    outputs = torch.randn(2, channels, *size, generator=generator)
+    for labels, what in ((target, "labels"), (empty, "no label")):
+        leaf = outputs.clone().requires_grad_()
+        loss = attempt("loss", task.loss, leaf, {task.target: labels})
+        expect(isinstance(loss, Tensor) and loss.shape == (), "loss", f"with {what} must return a scalar tensor")
+        value = loss.item()
+        expect(math.isfinite(value), "loss", f"with {what} is {value}, and must be finite")
+        if labels is empty:
+            expect(value == 0, "loss", f"is {value} where nothing is labelled, and must be zero")
+        expect(loss.requires_grad, "loss", f"with {what} does not depend on the outputs, and so cannot be learned from")
+    attempt("observe", task.observe, [target])
+    bias = attempt("initial_bias", task.initial_bias)
+    shaped = isinstance(bias, Tensor) and bias.shape == (channels,)
+    expect(shaped, "initial_bias", f"must return a tensor of the shape ({channels},)")
+    expect(bool(bias.isfinite().all()), "initial_bias", f"is {bias.tolist()}, and must be finite")
+    prediction = attempt("predict", task.predict, outputs)
+    metric = attempt("metrics", task.metrics)
+    expect(isinstance(metric, Metric), "metrics", "must return a torchmetrics.Metric")
+    for guess in (prediction, attempt("constant", task.constant, target)):
+        attempt("metrics' update", metric.update, guess, target)
+    names = attempt("metrics' compute", lambda: {name: float(value) for name, value in metric.compute().items()})
+    unknown = [name for name in names if name not in task.higher_is_better and "/" not in name]
+    expect(not unknown, "higher_is_better", f"says nothing of the metric {unknown[:1]}")
+    expect(task.main_metric in names, "metrics", f"do not compute the main metric, {task.main_metric!r}")
+    error: Any = attempt("remaining_error", task.remaining_error, names)
+    right = isinstance(error, Real) and 0 <= float(error) < math.inf
+    expect(right, "remaining_error", f"is {error!r} for {names}, and must be a finite number, 0 or more")
+    for known in (target, None):
+        for title, panel in attempt("pictures", task.pictures, prediction, known).items():
+            right = isinstance(panel, Panel) and panel.images.shape == (2, *size, 3) and panel.images.dtype == "uint8"
+            expect(right, "pictures", f"must give a Panel of (2, {size[0]}, {size[1]}, 3) uint8 under {title!r}")
+
+
+def _random_target(task: Task, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    if task.target == "segmentation":
+        classes = max(2, len(task.class_names))
+        target = torch.randint(0, classes, (2, *size), generator=generator).to(torch.uint8)
+        target[:, 0] = IGNORE_INDEX
+        return target
+    if task.target == "depth":
+        target = torch.rand(2, 1, *size, generator=generator) + 1
+    else:
+        target = functional.normalize(torch.randn(2, 3, *size, generator=generator), dim=1)
+        target[:, 2] = -target[:, 2].abs()
+    target[:, :, 0] = 0
+    return target
