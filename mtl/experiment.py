@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ from mtl.data.loading import Key, Samples
 from mtl.data.sample import DataInfo, as_floats
 from mtl.errors import UserError
 from mtl.files import write_whole
+from mtl.prediction.tta import SCALES, AveragedViews
 from mtl.tasks.base import Panel, Task
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
 from mtl.training.history import History
@@ -181,6 +182,7 @@ def evaluate(
     changes: Mapping[str, Any],
     surroundings: Surroundings,
     split: Literal["validation", "test"] = "validation",
+    views: Sequence[float] | bool = False,
 ) -> Outcome:
     """Measure a run's best checkpoint on held-out samples.
 
@@ -189,6 +191,7 @@ def evaluate(
         changes: Fields of the run's experiment to change, nested as in YAML, such as ``{"data": {"root": ...}}``.
         surroundings: Where.
         split: Which samples: those held out from training, or the data set's official test split.
+        views: Whether to average over views of each image, or which scales of it beside its mirror image.
 
     Raises:
         UserError: The run or the data cannot be used.
@@ -211,6 +214,8 @@ def evaluate(
         )
     # The model is that of the training's data, of whose targets these may have but some.
     module = _restored(run, experiment, checkpoint, trained_on)
+    if views is not False:
+        module.views = AveragedViews(module, SCALES if views is True else views)
     results = _measure(module, samples, experiment)
     return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
 

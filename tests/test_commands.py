@@ -1,5 +1,6 @@
 """What comes before and after training, on the command line as a person uses it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,21 @@ def photographs(folder: Path) -> list[Path]:
         Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
         paths.append(folder / name)
     return paths
+
+
+class TestTestTimeAugmentation:
+    def test_evaluate_and_predict_average_views(self, trained: Path, tmp_path: Path) -> None:
+        for tta in ([], ["--tta", "flip"], ["--tta"]):
+            file = tmp_path / f"{len(tta)}.json"
+            assert main(["evaluate", str(trained), *tta, "--json", str(file)]) == 0
+        measured = [json.loads((tmp_path / f"{n}.json").read_text())["depth/abs_rel"] for n in (0, 1, 2)]
+        assert len(set(measured)) > 1 and max(measured) < 2 * min(measured)
+        picture = photographs(tmp_path / "photos")[0]
+        assert main(["predict", str(trained), str(picture), "--tta", "--output-dir", str(tmp_path / "out")]) == 0
+        averaged = mtl.load(trained, device="cpu", tta=True).predict(picture)
+        single = mtl.load(trained, device="cpu").predict(picture)
+        assert not torch.equal(averaged["depth"], single["depth"])
+        assert torch.allclose(averaged["normals"].norm(dim=0), torch.ones(90, 40), atol=1e-4)
 
 
 class TestPredict:
@@ -116,6 +132,7 @@ REFUSED = [
     (["preview", "--output", "a.jpg"], ["--output", ".png"]),
     (["preview", "--output", "nowhere/a.png"], ["--output", "folder"]),
     (["preview", "--count", "0"], ["--count"]),
+    (["evaluate", "{run}", "--tta", "flp"], ["'flp'", "'flip'"]),
     (["evaluate", "{run}", "--split", "tset"], ["'tset'", "'test'"]),
     (["evaluate", "{run}", "--split", "test"], ["--split test", "'scenes'"]),
     (["study", "backbone"], ["'backbone'", "'backbones'"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from mtl.cli.results import print_results
 from mtl.cli.surroundings import surroundings
@@ -26,8 +27,26 @@ class Run(Code):
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The run's folder, such as runs/depth-1.")]
 
 
+Views = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[full|flip]",
+        instance_from_str=lambda words: words[0] if words else "full",
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [] if value is None else [value],
+    ),
+    tyro.conf.arg(help="Test-time augmentation: average over mirror images (flip), and over scales as well (full)."),
+]
+"""The flag --tta."""
+
+VIEWS: dict[str, tuple[float, ...] | bool] = {"full": True, "flip": ()}
+"""What each value of --tta stands for, as `Predictor` takes it."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Evaluate(Run):
+    tta: Views = None
     split: Annotated[str, tyro.conf.arg(help="validation, or a data set's official test split.")] = "validation"
     json: Annotated[Path | None, tyro.conf.arg(help="Also write the metrics to this file: name to number.")] = None
     batch_size: Annotated[int | None, tyro.conf.arg(help="Samples in a batch (none: the run's).")] = None
@@ -46,6 +65,7 @@ def run(words: list[str], program: str, description: str) -> None:
         flags, stored = _parse(flags.run, words, program, description)
     if flags.split not in SPLITS:
         raise UserError(f"--split {flags.split!r}{nearest(flags.split, SPLITS)} is one of {', '.join(SPLITS)}")
+    views = views_of(flags.tta)
     changes: dict[str, Any] = {name: getattr(flags, name) for name in ("batch_size", "device", "devices", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None}
     changes["data"], changes["more_data"] = _data(values_of(flags.data), stored)
@@ -55,7 +75,7 @@ def run(words: list[str], program: str, description: str) -> None:
     here = surroundings()
     from mtl.experiment import evaluate
 
-    outcome = evaluate(flags.run, changes, here, flags.split)
+    outcome = evaluate(flags.run, changes, here, flags.split, views)
     print_results(outcome.results, outcome.constant)
     if flags.json is not None:
         numbers = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
@@ -85,6 +105,17 @@ def _data(given: dict[str, Any], stored: Experiment) -> tuple[dict[str, Any], li
         defaults = {name: info.get_default() for name, info in SourceOptions.model_fields.items()}
         given |= {name: value for name, value in defaults.items() if name not in differs}
     return given | {"ratio": None}, []
+
+
+def views_of(tta: str | None) -> tuple[float, ...] | bool:
+    """Return what a value of --tta stands for.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    if tta is not None and tta not in VIEWS:
+        raise UserError(f"--tta {tta!r}{nearest(tta, VIEWS)} is one of {', '.join(VIEWS)}")
+    return False if tta is None else VIEWS[tta]
 
 
 def check_run(given: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from mtl.cli.evaluate import Run, check_run
+from mtl.cli.evaluate import Run, Views, check_run, views_of
 from mtl.cli.surroundings import surroundings
 from mtl.cli.words import take_plugins
 from mtl.config import changed, load
@@ -28,6 +28,7 @@ class _Predict(Run):
     ] = "fit"
     overlap: Annotated[float, tyro.conf.arg(help="Share by which windows over large pictures overlap.")] = 0.25
     batch_size: Annotated[int, tyro.conf.arg(help="Windows at once.")] = 8
+    tta: Views = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or mps.")] = "auto"
 
 
@@ -45,6 +46,7 @@ def run(words: list[str], program: str, description: str) -> None:
     if flags.batch_size < 1:
         raise UserError(f"--batch-size {flags.batch_size} must be at least 1")
     changed(load(flags.run / "config.yaml"), {"device": flags.device})  # refuses a wrong value at once
+    views = views_of(flags.tta)
     surroundings()
     from mtl.experiment import load_run
     from mtl.prediction.files import find_images, predict_files
@@ -52,7 +54,7 @@ def run(words: list[str], program: str, description: str) -> None:
 
     images = find_images(flags.images)
     module = load_run(flags.run, {"device": flags.device})
-    predictor = Predictor(module, scale=flags.scale, overlap=flags.overlap, batch_size=flags.batch_size)
+    predictor = Predictor(module, scale=flags.scale, overlap=flags.overlap, batch_size=flags.batch_size, tta=views)
     result = predict_files(predictor, images, flags.output_dir or flags.run / "predict", print)
     if result.failures:
         raise UserError(result.complaint)

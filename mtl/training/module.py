@@ -46,6 +46,7 @@ class MultiTaskModule(lightning.LightningModule):
         terms: The last step's raw losses and weights, by task, and their weighted sum, detached.
         results: The last validation's metrics by full name.
         constant: The same metrics of each task's constant prediction, once a validation has seen its labels.
+        views: What predicts in this module's place in validation, such as an average over views of each image.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class MultiTaskModule(lightning.LightningModule):
         self.thawed_at: tuple[int, int] | None = None
         self.measured = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.baseline = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
+        self.views: Callable[[Tensor], dict[str, Tensor]] | None = None
         self.terms: dict[str, Tensor] = {}
         self.results: dict[str, float] = {}
         self.constant: dict[str, float] = {}
@@ -93,7 +95,11 @@ class MultiTaskModule(lightning.LightningModule):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return each task's prediction, in its own form and unit, for images (B, 3, H, W) in [0, 1]."""
         outputs = self.model(image)
-        return {task.name: task.predict(outputs[task.name]) for task in self.each_task()}
+        predictions = {}
+        for task in self.each_task():
+            with in_plugin_of(task, "predict"):
+                predictions[task.name] = task.predict(outputs[task.name])
+        return predictions
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn stored types into those to compute with, once the batch is on the device, and augment in training."""
@@ -125,13 +131,11 @@ class MultiTaskModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
-        outputs = self.model(batch["image"])
+        predictions = (self.views or self)(batch["image"])
         for task in self.each_task():
             target = batch[task.target]
-            with in_plugin_of(task, "predict"):
-                prediction = task.predict(outputs[task.name])
             with in_plugin_of(task, "metrics' update"):
-                _metric(self.measured, task).update(prediction, target)
+                _metric(self.measured, task).update(predictions[task.name], target)
                 if not self.constant:
                     _metric(self.baseline, task).update(task.constant(target), target)
 
