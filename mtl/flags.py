@@ -169,6 +169,17 @@ def _annotation(info: FieldInfo, prefix: bool) -> Any:
     return Annotated[kind, tyro.conf.arg(**arguments)]
 
 
+def word_or(default: str, metavar: str) -> PrimitiveConstructorSpec[str | None]:
+    """Let a flag stand alone, which means its default word, or before a word."""
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar=metavar,
+        instance_from_str=lambda words: words[0] if words else default,
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [] if value is None else [value],
+    )
+
+
 def _mapping(number: type) -> PrimitiveConstructorSpec[dict[str, Any]]:
     """Let a mapping be written as ``segmentation=1 depth=0.5``."""
 

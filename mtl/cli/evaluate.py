@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from mtl.cli.results import print_results
 from mtl.cli.surroundings import surroundings
@@ -15,7 +14,7 @@ from mtl.cli.words import check_output, run_of, take_plugins
 from mtl.config import DataOptions, Experiment, SourceOptions, changed, load
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
-from mtl.flags import Code, flags_of, parse, values_of, with_values
+from mtl.flags import Code, flags_of, parse, values_of, with_values, word_or
 
 SPLITS = ("validation", "test")
 
@@ -29,13 +28,7 @@ class Run(Code):
 
 Views = Annotated[
     str | None,
-    PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[full|flip]",
-        instance_from_str=lambda words: words[0] if words else "full",
-        is_instance=lambda value: value is None or isinstance(value, str),
-        str_from_instance=lambda value: [] if value is None else [value],
-    ),
+    word_or("full", "[full|flip]"),
     tyro.conf.arg(help="Test-time augmentation: average over mirror images (flip), and over scales as well (full)."),
 ]
 """The flag --tta."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from mtl import registry
 from mtl.cli.results import print_results
@@ -14,7 +13,7 @@ from mtl.cli.surroundings import FOLDER, folder_of_run, rank, surroundings
 from mtl.cli.words import base_of, take_plugins
 from mtl.config import Experiment, TransferGroup, changed, dump, load, validate
 from mtl.errors import UserError
-from mtl.flags import Configured, parse, train_flags, values_of, with_values
+from mtl.flags import Configured, parse, train_flags, values_of, with_values, word_or
 
 MAY_CHANGE = {
     "epochs", "max_steps", "patience", "device", "devices", "compile", "logger", "project", "checkpoint_every",
@@ -27,13 +26,7 @@ MAY_CHANGE = {
 class _Files(Configured):
     resume: Annotated[
         str | None,
-        PrimitiveConstructorSpec(
-            nargs=(0, 1),
-            metavar="[auto|RUN]",
-            instance_from_str=lambda words: words[0] if words else "auto",
-            is_instance=lambda value: value is None or isinstance(value, str),
-            str_from_instance=lambda value: [] if value is None else [value],
-        ),
+        word_or("auto", "[auto|RUN]"),
         tyro.conf.arg(
             help="Go on with a run; auto is the one of --name, else the newest, and a new run if there is none."
         ),
