@@ -45,6 +45,7 @@ from mtl.data.loading import Key, Samples
 from mtl.data.sample import DataInfo, as_floats
 from mtl.errors import UserError
 from mtl.files import write_whole
+from mtl.plugins import in_plugin_of
 from mtl.prediction.tta import SCALES, AveragedViews
 from mtl.tasks.base import Panel, Task
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
@@ -384,7 +385,8 @@ def _callbacks(
 def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples, surroundings: Surroundings) -> None:
     """Give a new module its weights and the tasks their priors, and say what was done."""
     for task in module.each_task():
-        task.observe(training.labels(task.target))
+        with in_plugin_of(task, "observe"):
+            task.observe(training.labels(task.target))
         module.model.head(task.name).set_bias(task.initial_bias())
     surroundings.say(str(initialise(module.model, experiment.init)))
 
@@ -454,7 +456,8 @@ def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, d
     panels: Panels = {"input": Panel(channels_last(stored["image"].cpu()))}
     targets = {task.name: batch[task.target] for task in module.each_task()}
     for task in module.each_task():
-        panels |= task.pictures(predictions[task.name], targets[task.name])
+        with in_plugin_of(task, "pictures"):
+            panels |= task.pictures(predictions[task.name], targets[task.name])
     return panels, predictions, targets
 
 
