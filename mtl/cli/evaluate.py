@@ -28,12 +28,12 @@ class Run(Code):
 
 Views = Annotated[
     str | None,
-    word_or("full", "[full|flip]"),
-    tyro.conf.arg(help="Test-time augmentation: average over mirror images (flip), and over scales as well (full)."),
+    word_or("flip", "[flip|full]"),
+    tyro.conf.arg(help="Test-time augmentation: average over mirror images (flip), or over scales as well (full)."),
 ]
 """The flag --tta."""
 
-VIEWS: dict[str, tuple[float, ...] | bool] = {"full": True, "flip": ()}
+VIEWS: dict[str, tuple[float, ...] | bool] = {"flip": (), "full": True}
 """What each value of --tta stands for, as `Predictor` takes it."""
 
 
