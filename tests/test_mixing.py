@@ -1,6 +1,7 @@
 """Several data sets in one run."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,20 @@ def test_each_set_gives_its_own_label_and_one_model_learns_both(mixed: Path, tmp
     assert float(rows[-1]["depth/abs_rel"]) > 0 and float(rows[-1]["segmentation/miou"]) > 0
     assert main(["evaluate", str(tmp_path / "runs" / "run")]) == 0
     assert main(["train", "--resume", str(tmp_path / "runs" / "run"), "--epochs", "3"]) == 0
+
+
+def test_evaluation_is_of_all_sets_or_of_the_one_that_is_named(mixed: Path, tmp_path: Path) -> None:
+    assert main(["train", "--config", str(mixed), "--max-steps", "2"]) == 0
+    run = str(tmp_path / "runs" / "run")
+
+    def measured(*words: str) -> dict[str, float]:
+        assert main(["evaluate", run, *words, "--json", str(tmp_path / "m.json")]) == 0
+        return json.loads((tmp_path / "m.json").read_text())
+
+    both = measured()
+    assert measured("--data.workers", "0", "--data.cache", "none") == both, "how samples are read is no other data"
+    alone = measured("--data.name", "scenes", "--data.targets", "segmentation", "--data.val-samples", "5")
+    assert "depth/abs_rel" not in alone and alone["segmentation/miou"] == both["segmentation/miou"]
 
 
 def test_ratios_and_the_length_of_an_epoch(mixed: Path) -> None:
