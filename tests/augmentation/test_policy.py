@@ -175,6 +175,7 @@ def test_heavy_and_a_loader_pipeline_train(tiny: list[str], tmp_path: Path) -> N
     file = tmp_path / "both.yaml"
     file.write_text(yaml.safe_dump({"augment": "heavy", "loader": ["HorizontalFlip", {"GaussNoise": {"p": 1.0}}]}))
     words = ["--task", "segmentation", "depth", "normals", "--augment", str(file), "--max-steps", "3", "--name", "run"]
+    words += ["--data.workers", "0"]
     assert main(["train", *words, *tiny]) == 0
     assert load(tmp_path / "runs" / "run" / "config.yaml").augmentation.loader
     assert Experiment().augment == "none"

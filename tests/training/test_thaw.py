@@ -57,7 +57,9 @@ def test_the_backbone_stays_until_the_thaw_and_learns_from_there(tiny: list[str]
     assert held > sum(len(group["params"]) for group in before["param_groups"]) + 50
 
 
-@pytest.mark.parametrize("stop", [8, 12, 15, 18])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(8, marks=pytest.mark.slow), 12, pytest.param(15, marks=pytest.mark.slow), 18]
+)
 def test_resuming_in_either_fit_or_between_them_gives_the_same(stop: int, tiny: list[str], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = [*WORDS, "--checkpoint-every", "1", "--ema", "0.9", *tiny]
