@@ -119,7 +119,7 @@ def export(
     if missing:
         raise UserError(
             f"--format onnx needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
-            "run pip install 'mtl[export]', or use --format torch"
+            "run pip install onnx onnxscript onnxruntime, or use --format torch"
         )
     height, width = size or module.options.data.size
     with torch.no_grad(), _quiet():

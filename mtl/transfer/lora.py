@@ -55,7 +55,7 @@ def add_lora(backbone: Backbone, rank: int) -> Adapters:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("--lora needs the package peft, which is not installed: pip install 'mtl[lora]'") from None
+        raise UserError("--lora needs the package peft, which is not installed: pip install peft") from None
     candidates = _linear_layers(backbone.encoder)
     called = _called(backbone, candidates)
     adapters = Adapters([n for n in candidates if n in called], [n for n in candidates if n not in called])
