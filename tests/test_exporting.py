@@ -290,7 +290,8 @@ class TestRefusals:
         monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else found(name))
         monkeypatch.setattr(exporting, "_trace", None)
         message = refused(tmp_path, trained, ["onnx"])
-        assert "needs onnxscript, which is not installed" in message and "pip install onnx onnxscript onnxruntime" in message
+        assert "needs onnxscript, which is not installed" in message
+        assert "pip install onnx onnxscript onnxruntime" in message
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").touch()
