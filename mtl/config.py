@@ -282,8 +282,7 @@ POLICIES: dict[str, dict[str, float]] = {
         "balance": 0.2, "grayscale": 0.1, "gamma": 0.3, "blur": 1.5, "vignette": 0.5, "noise": 0.05, "erase": 0.2,
     },
     "lecture": {
-        "hflip": 0.5, "vflip": 0.5, "rotate": 15, "crop": 0.3, "stretch": 0.3, "balance": 0.3, "blur": 1.5,
-        "vignette": 0.6, "pincushion": 0.3,
+        "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "translate": 0.1, "shear": 10, "perspective": 0.5,
     },
 }  # fmt: skip
 """The strengths of each value of --augment."""
