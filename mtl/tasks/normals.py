@@ -224,8 +224,9 @@ class NormalsMetric(Metric):
     those whose components sum to zero; here lengths do not count, and only (0, 0, 0) is no label. For
     `mean_angle_image`, images without a labelled pixel are left out. With none at all, every value is NaN.
 
-    All sums are integers, so the result is the same to the last bit however samples are split over batches
-    and processes, and no change of a module's type rounds them; an update does not wait for the device.
+    All sums are integers: the order of samples, and how they are split over processes, makes no difference (but for
+    the last bit of an angle, which may depend on its place in a batch), and no change of a module's type rounds them.
+    An update does not wait for the device.
     """
 
     full_state_update = False

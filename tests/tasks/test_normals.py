@@ -135,7 +135,8 @@ class TestMetric:
     def test_split_into_batches_does_not_matter(self, seed: int, sizes: list[int]) -> None:
         prediction, target = draw(seed, images=sum(sizes))
         split = measure(*zip(prediction.split_with_sizes(sizes), target.split_with_sizes(sizes), strict=True))
-        assert split == measure((prediction, target))
+        # The sums are exact; an angle itself may be rounded otherwise in a batch of another size.
+        assert split == pytest.approx(measure((prediction, target)), rel=1e-5)
 
     def test_two_processes_make_one(self) -> None:
         prediction, target = draw(1, images=5)
