@@ -25,14 +25,13 @@ A camera that is unknown (intrinsics all zero, or none at all) is taken to have 
 its principal point in the middle, and stays unknown. Only perspective depends on that guess.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtl.augmentation.geometry import Warp, invert
-
-DepthConvention = Literal["metric", "canonical"]
+from mtl.data.sample import DepthConvention
 
 
 class View(NamedTuple):

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtl.augmentation.camera import DepthConvention, View, view
+from mtl.augmentation.camera import View, view
 from mtl.augmentation.geometry import Coordinates, Warp, shrinkage, source_coordinates
-from mtl.data.sample import IGNORE_INDEX, Batch
+from mtl.data.sample import IGNORE_INDEX, Batch, DepthConvention
 
 Fill = Literal["reflection", "zeros", "mean"]
 Interpolation = Literal["bilinear", "bicubic"]

@@ -28,7 +28,7 @@ exactly zero.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from torch import Tensor
 
 IGNORE_INDEX = 255
 """The class index that means "no label"."""
+
+DepthConvention = Literal["metric", "canonical"]
+"""What enlarging a picture means: a longer focal length, or that everything has come nearer."""
 
 Sample = dict[str, np.ndarray]
 Batch = dict[str, Tensor]

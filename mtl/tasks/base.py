@@ -3,17 +3,14 @@
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from mtl.data.sample import Batch
+from mtl.data.sample import Batch, DepthConvention
 from mtl.errors import UserError
-
-DepthConvention = Literal["metric", "canonical"]
-"""What enlarging a picture means: a longer focal length, or that everything has come nearer."""
 
 
 class Scale(NamedTuple):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from mtl.config import DepthOptions
-from mtl.data.sample import Batch, DataInfo
+from mtl.data.sample import Batch, DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import DepthConvention, Panel, Scale, Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
 from mtl.tasks.colours import number_colours
 
 NEAREST = 1e-3

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from mtl.data.sample import Batch, DataInfo
+from mtl.data.sample import Batch, DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import DepthConvention, Panel, Scale, Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
 from mtl.tasks.colours import number_colours
 
 SHORTEST = 0.1

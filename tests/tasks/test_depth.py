@@ -25,9 +25,8 @@ from mtl.augmentation import geometry
 from mtl.augmentation.resampling import warp
 from mtl.config import DepthOptions
 from mtl.data.decoding import LABEL_SIZES, read_depth
-from mtl.data.sample import DataInfo
+from mtl.data.sample import DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import DepthConvention
 from mtl.tasks.depth import (
     POOLED,
     Depth,

@@ -15,9 +15,8 @@ from torch import Tensor
 from mtl.augmentation.geometry import Warp, hflip, scale
 from mtl.augmentation.resampling import warp
 from mtl.data.decoding import read_normals
-from mtl.data.sample import DataInfo
+from mtl.data.sample import DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import DepthConvention
 from mtl.tasks.normals import SHORTEST, Normals, NormalsMetric, angles, directions
 
 seeds = st.integers(0, 2**32 - 1)
