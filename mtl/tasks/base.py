@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -195,3 +196,8 @@ def no_labels(outputs: Tensor) -> Tensor:
     """Return a zero loss whose gradient on `outputs` is zero."""
     # In float32, where the sum of large half-precision outputs is no infinity.
     return outputs.float().sum() * 0.0
+
+
+def most_precise(device: torch.device) -> torch.dtype:
+    """Return the most precise floating-point type of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64

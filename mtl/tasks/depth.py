@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from mtl.config import DepthOptions
 from mtl.data.sample import Batch, DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Scale, Task, masked_mean, most_precise, no_labels
 from mtl.tasks.colours import number_colours
 
 NEAREST = 1e-3
@@ -335,7 +335,7 @@ class DepthMetric(Metric):
             valid = valid & (target < high)
         if self.options.crop == "eigen":
             valid = valid & eigen_crop(target.shape[-2], target.shape[-1], target.device)
-        dtype = _exact(target.device)
+        dtype = most_precise(target.device)
         # Where nothing is known both are 1, and every error below is 0.
         p = torch.where(valid, prediction.to(dtype).clamp(low, high), 1)
         t = torch.where(valid, target.to(dtype), 1)
@@ -368,14 +368,9 @@ class DepthMetric(Metric):
 
         def move(tensor: Tensor) -> Tensor:
             device = fn(torch.zeros(1, device=tensor.device)).device
-            return tensor.to(device, _exact(device))
+            return tensor.to(device, most_precise(device))
 
         return super()._apply(move, exclude_state)
-
-
-def _exact(device: torch.device) -> torch.dtype:
-    """Return the most precise floating-point type of a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _scores(sums: Tensor) -> tuple[Tensor, ...]:

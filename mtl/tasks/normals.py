@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from mtl.data.sample import Batch, DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Scale, Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Scale, Task, masked_mean, most_precise, no_labels
 from mtl.tasks.colours import number_colours
 
 SHORTEST = 0.1
@@ -224,9 +224,10 @@ class NormalsMetric(Metric):
     those whose components sum to zero; here lengths do not count, and only (0, 0, 0) is no label. For
     `mean_angle_image`, images without a labelled pixel are left out. With none at all, every value is NaN.
 
-    All sums are integers: the order of samples, and how they are split over processes, makes no difference (but for
-    the last bit of an angle, which may depend on its place in a batch), and no change of a module's type rounds them.
-    An update does not wait for the device.
+    Angles are computed in double precision and rounded once, to whole parts of a degree, of which all sums are made:
+    so the result is the same to the last bit however samples are split over batches and processes, where single
+    precision would round an angle by its place in a batch. No change of a module's type rounds the sums, and an update
+    does not wait for the device.
     """
 
     full_state_update = False
@@ -260,17 +261,19 @@ class NormalsMetric(Metric):
             target: Unit vectors (B, 3, H, W); (0, 0, 0) where unlabelled.
         """
         valid = labelled_pixels(target)[:, 0]
-        angle = torch.where(valid, angles(prediction.float(), target.float()), 0)
+        dtype = most_precise(target.device)
+        exact = torch.where(valid, angles(prediction.to(dtype), target.to(dtype)), 0)
+        angle = (exact * self._UNIT).round().long()
         terms = (
             valid,
-            self._fixed(angle),
-            self._fixed(angle.square()),
-            *(valid & (angle < limit) for limit in self.WITHIN),
+            angle,
+            (angle.square() + self._UNIT // 2) // self._UNIT,
+            *(valid & (angle < round(limit * self._UNIT)) for limit in self.WITHIN),
         )
         sums = torch.stack([term.sum(dim=(1, 2)) for term in terms], dim=1)
         labelled = sums[:, 0] > 0
         means = sums[:, 1] // sums[:, 0].clamp(min=1)
-        bins = (angle * self._BINS).round().long().flatten()
+        bins = ((angle * self._BINS + self._UNIT // 2) // self._UNIT).flatten()
 
         self.sums += sums.sum(dim=0)
         self.histogram.scatter_add_(0, bins, valid.flatten().long())
@@ -286,9 +289,6 @@ class NormalsMetric(Metric):
             **{f"within_{limit:g}": share for limit, share in zip(self.WITHIN, within, strict=True)},
             "mean_angle_image": self.image_sums[1].float() / self.image_sums[0] / self._UNIT,
         }
-
-    def _fixed(self, values: Tensor) -> Tensor:
-        return (values * self._UNIT).round().long()
 
     def _median(self) -> Tensor:
         """Return the middle angle, or the mean of the middle two, in degrees."""

@@ -134,8 +134,14 @@ class TestMetric:
     def test_split_into_batches_does_not_matter(self, seed: int, sizes: list[int]) -> None:
         prediction, target = draw(seed, images=sum(sizes))
         split = measure(*zip(prediction.split_with_sizes(sizes), target.split_with_sizes(sizes), strict=True))
-        # The sums are exact; an angle itself may be rounded otherwise in a batch of another size.
-        assert split == pytest.approx(measure((prediction, target)), rel=1e-5)
+        assert split == measure((prediction, target))
+
+    def test_the_place_in_a_batch_does_not_round_an_angle(self) -> None:
+        """In single precision this case differs: the last pixels of a batch are computed by other instructions."""
+        sizes = [1, 5, 5, 5]
+        prediction, target = draw(32815558, images=sum(sizes))
+        split = measure(*zip(prediction.split_with_sizes(sizes), target.split_with_sizes(sizes), strict=True))
+        assert split == measure((prediction, target))
 
     def test_two_processes_make_one(self) -> None:
         prediction, target = draw(1, images=5)
