@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mtl.data.caching import Fingerprinted, digest
 from mtl.data.sample import IGNORE_INDEX, TARGETS, DataInfo, Sample, Source
 from mtl.errors import UserError
 from mtl.plugins import file_of, in_plugin, title_of
-from mtl.tasks.base import Panel, Task
+from mtl.tasks.base import Likelihood, Panel, Task
 from mtl.weighting.base import Weighting
 
 T = TypeVar("T")
@@ -246,6 +246,9 @@ def _try_task(task: Task, size: tuple[int, int], file: Path | str) -> None:
         if not holds:
             raise UserError(f"{method} of {title_of(task)} {what}")
 
+    likelihood = attempt("likelihood", getattr, task, "likelihood")
+    allowed = " or ".join(map(repr, get_args(Likelihood)))
+    expect(likelihood in get_args(Likelihood), "likelihood", f"is {likelihood!r}, and must be {allowed}")
     channels: int = attempt("channels", getattr, task, "channels")
     outputs = torch.randn(2, channels, *size, generator=generator)
     for labels, what in ((target, "labels"), (empty, "no label")):
@@ -257,6 +260,10 @@ def _try_task(task: Task, size: tuple[int, int], file: Path | str) -> None:
         if labels is empty:
             expect(value == 0, "loss", f"is {value} where nothing is labelled, and must be zero")
         expect(loss.requires_grad, "loss", f"with {what} does not depend on the outputs, and so cannot be learned from")
+        labelled = attempt("labelled", task.labelled, {task.target: labels})
+        right = isinstance(labelled, Tensor) and labelled.shape == () and labelled.dtype == torch.bool
+        expect(right, "labelled", "must return a boolean scalar tensor")
+        expect(labels is target or not labelled, "labelled", "is true where nothing is labelled, and must be false")
     attempt("observe", task.observe, [target])
     bias = attempt("initial_bias", task.initial_bias)
     shaped = isinstance(bias, Tensor) and bias.shape == (channels,)

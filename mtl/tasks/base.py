@@ -3,15 +3,31 @@
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 
-from mtl.data.sample import Batch, DepthConvention
+from mtl.data.sample import TARGETS, Batch, DepthConvention
 from mtl.errors import UserError
+
+Likelihood = Literal["gaussian", "laplace", "categorical"]
+"""The distribution of which a task's loss L is the negative logarithm, but for its scale and for constants.
+
+It decides what uncertainty weighting (Kendall et al. 2018) minimises over a task's log-scale s:
+
+============= ==================== ======================= ======================================================
+`gaussian`    0.5 e^{-s} L + 0.5 s s = ln(variance)        L is a mean of squared errors (equation 5)
+`laplace`     e^{-s} L + s         s = ln(scale)           L is a mean of absolute errors, or grows as one does:
+                                                           in proportion to the errors
+`categorical` e^{-s} L + 0.5 s     s = ln(temperature)     L is the cross-entropy of softmax(logits), which becomes
+                                                           softmax(logits / temperature) (equation 10)
+============= ==================== ======================= ======================================================
+
+At the best s the loss has the weight 1 / L for `laplace`, and half of that for the other two.
+"""
 
 
 class Scale(NamedTuple):
@@ -59,6 +75,9 @@ class Task(nn.Module, ABC):
         higher_is_better: Direction of every metric that `metrics` computes, by its name without prefix;
             a name ending in ``/*`` speaks for all that start so.
         class_names: Names of the classes where the prediction is a map of classes, else empty.
+        likelihood: What the loss is the negative logarithm of. The default is a guess for a loss of which nothing is
+            known: it is right for squares, weighs a cross-entropy as it should be once s has settled, and is wrong by
+            a factor of two at most.
     """
 
     name: ClassVar[str]
@@ -66,6 +85,7 @@ class Task(nn.Module, ABC):
     main_metric: ClassVar[str]
     higher_is_better: ClassVar[dict[str, bool]]
     class_names: tuple[str, ...] = ()
+    likelihood: Likelihood = "gaussian"
 
     @property
     @abstractmethod
@@ -90,7 +110,26 @@ class Task(nn.Module, ABC):
 
         A batch without a valid pixel (or without the target's key) gives exactly zero, attached to the
         graph, with zero gradients.
+
+        Where several processes train together, all ranks ask for the same losses in the same order, of batches with
+        the same keys. DDP takes the mean over ranks of the gradients, which is that of all ranks' batches together
+        where the loss is a `masked_mean`; a mean over the rank's own pixels gives a pixel more weight the fewer the
+        rank has.
         """
+
+    def labelled(self, batch: Batch) -> Tensor:
+        """Return whether a batch has any valid pixel of this task: a boolean scalar on the batch's device.
+
+        Without, training leaves the task out of the step. A task that cannot learn from every valid pixel of its
+        target may answer for those from which it can.
+
+        Args:
+            batch: As the loss is given it; a target whose key is absent has no valid pixel.
+        """
+        if self.target in batch:
+            return (batch[self.target] != TARGETS[self.target].invalid).any()
+        device = next((tensor.device for tensor in batch.values()), None)
+        return torch.zeros((), dtype=torch.bool, device=device)
 
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
@@ -184,12 +223,67 @@ class Task(nn.Module, ABC):
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     """Average `values` where `valid`; exactly zero, still attached to the graph, where nothing is valid.
 
+    Where several processes train together, this is the share of the rank in the average over all ranks' values: the
+    mean over ranks of the results, and of their gradients, is what one process would get from all of the values.
+
     Args:
         values: Any shape, finite everywhere (use a safe target where the label is invalid).
         valid: Boolean, same shape.
     """
     weights = valid.to(values.dtype)
+    return pooled_mean((values * weights).sum(), weights.sum())
+
+
+def local_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Average as `masked_mean` does, but over the values of this rank alone."""
+    weights = valid.to(values.dtype)
     return (values * weights).sum() / weights.sum().clamp(min=1.0)
+
+
+def pooled_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Return sums over this rank's values per value of a rank, on average; zero where no rank has one.
+
+    Args:
+        total: Sums, zero where the count is.
+        count: The numbers (or the sums of weights) of the values in them, same shape, not negative.
+    """
+    count = over_ranks(count)
+    return total / torch.where(count > 0, count, 1)
+
+
+def over_labelled_ranks(loss: Tensor, valid: Tensor) -> Tensor:
+    """Return the share of this rank in the average of a loss over those ranks that have labels.
+
+    For a loss that is no mean over pixels: no rank's share of it can be computed from a mere count.
+
+    Args:
+        loss: A scalar, of this rank's pixels alone; zero where it has no labels.
+        valid: Which pixels have labels, any shape, boolean.
+    """
+    return loss if ranks() == 1 else masked_mean(loss, valid.any())
+
+
+def over_ranks(count: Tensor) -> Tensor:
+    """Return the mean over ranks of a tensor of floats, without a gradient; itself where there is but one process."""
+    if ranks() == 1:
+        return count
+    total = count.detach().clone()
+    distributed.all_reduce(total)
+    return total / ranks()
+
+
+def largest_over_ranks(value: Tensor) -> Tensor:
+    """Return the largest over ranks of a tensor, without a gradient; itself where there is but one process."""
+    if ranks() == 1:
+        return value
+    largest = value.detach().clone()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return largest
+
+
+def ranks() -> int:
+    """Return how many processes train together; 1 without torch.distributed."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def no_labels(outputs: Tensor) -> Tensor:

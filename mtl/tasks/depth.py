@@ -16,7 +16,18 @@ from torchmetrics import Metric
 from mtl.config import DepthOptions
 from mtl.data.sample import Batch, DataInfo, DepthConvention
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Scale, Task, masked_mean, most_precise, no_labels
+from mtl.tasks.base import (
+    Panel,
+    Scale,
+    Task,
+    largest_over_ranks,
+    local_mean,
+    masked_mean,
+    most_precise,
+    no_labels,
+    over_labelled_ranks,
+    pooled_mean,
+)
 from mtl.tasks.colours import number_colours
 
 NEAREST = 1e-3
@@ -53,6 +64,11 @@ class Depth(Task):
 
     Where the data set holds inverse depth, so does everything here that is said to be in metres.
 
+    Its likelihood is that of Laplace for each of the losses: the absolute error is the negative logarithm of that
+    density, and reverse Huber, the scale-invariant error and `gradient_loss` grow like it, in proportion to the errors
+    (of the depth or of its logarithm). So with e^{-s} L + s, least where e^{-s} = 1 / L, the errors' unit is of no
+    consequence.
+
     Attributes:
         mean_depth: Mean of the labelled training pixels in metres, a scalar; 1 until `observe`.
     """
@@ -63,6 +79,7 @@ class Depth(Task):
     higher_is_better: ClassVar[dict[str, bool]] = {
         name + suffix: name.startswith("delta") for name in POOLED for suffix in ("", "_image")
     }
+    likelihood = "laplace"
     mean_depth: Tensor
 
     def __init__(self, options: DepthOptions, info: DataInfo) -> None:
@@ -107,6 +124,9 @@ class Depth(Task):
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the chosen loss, and the weighted `gradient_loss`, over labelled pixels of the whole batch.
+
+        Where several processes train together, they pool the pixels of all their batches, but for the loss "silog":
+        a root of means is no mean, and is averaged over the ranks that have labels.
 
         Args:
             outputs: (B, 1, H, W).
@@ -216,6 +236,9 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, variance_focus
     a root, with factor 10, λ = 0.85, and pixels pooled over the batch. It is invariant to scale only for
     λ = 1; with less, the scale is learnt too, but weighs less than the shape.
 
+    Where several processes train together, it is computed from each rank's pixels by themselves, and averaged over
+    the ranks that have labels.
+
     Args:
         prediction: Depth (B, 1, H, W), positive.
         target: Depth, same shape, positive everywhere.
@@ -223,19 +246,19 @@ def silog_loss(prediction: Tensor, target: Tensor, valid: Tensor, variance_focus
         variance_focus: λ, from 0 to 1.
     """
     difference = prediction.log() - target.log()
-    mean = masked_mean(difference, valid)
+    mean = local_mean(difference, valid)
     # mean(d²) - λ mean(d)² as a sum of two squares, which cannot cancel to less than zero.
-    square = masked_mean((difference - mean).square(), valid) + (1 - variance_focus) * mean.square()
+    square = local_mean((difference - mean).square(), valid) + (1 - variance_focus) * mean.square()
     # The root has no derivative at zero, which is where a perfect prediction and a batch without labels are.
     positive = square > 0
-    return 10 * torch.where(positive, torch.where(positive, square, 1).sqrt(), square)
+    return over_labelled_ranks(10 * torch.where(positive, torch.where(positive, square, 1).sqrt(), square), valid)
 
 
 def berhu_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Return the mean reverse Huber loss in metres: |x| up to c, (x² + c²) / 2c beyond.
 
-    Laina et al. 2016, section 3.2: c is a fifth of the largest error in the batch, here over its labelled
-    pixels, and a constant to the gradient.
+    Laina et al. 2016, section 3.2: c is a fifth of the largest error in the batch (in all batches, where several
+    processes train together), here over its labelled pixels, and a constant to the gradient.
 
     Args:
         prediction: Depth (B, 1, H, W), positive.
@@ -243,7 +266,7 @@ def berhu_loss(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         valid: Which pixels count, same shape, boolean.
     """
     error = torch.where(valid, (prediction - target).abs(), 0)
-    threshold = (error.detach().max() / 5).clamp(min=torch.finfo(error.dtype).tiny)
+    threshold = (largest_over_ranks(error.detach().max()) / 5).clamp(min=torch.finfo(error.dtype).tiny)
     beyond = (error.square() / threshold + threshold) / 2
     return masked_mean(torch.where(error <= threshold, error, beyond), valid)
 
@@ -271,14 +294,14 @@ def gradient_loss(prediction: Tensor, target: Tensor, valid: Tensor, scales: int
         scales: Number of scales.
     """
     error = prediction.log() - target.log()
-    loss = error.new_zeros(())
+    totals, counts = [], []
     for step in (2**k for k in range(scales)):
         coarse, known = error[..., ::step, ::step], valid[..., ::step, ::step]
-        across = (coarse[..., 1:] - coarse[..., :-1]).abs()
-        down = (coarse[..., 1:, :] - coarse[..., :-1, :]).abs()
-        loss = loss + masked_mean(across, known[..., 1:] & known[..., :-1])
-        loss = loss + masked_mean(down, known[..., 1:, :] & known[..., :-1, :])
-    return loss
+        for axis in (-1, -2):
+            pair = known.narrow(axis, 1, known.shape[axis] - 1) & known.narrow(axis, 0, known.shape[axis] - 1)
+            totals.append((coarse.diff(dim=axis).abs() * pair).sum())
+            counts.append(pair.sum(dtype=error.dtype))
+    return pooled_mean(torch.stack(totals), torch.stack(counts)).sum()
 
 
 class DepthMetric(Metric):

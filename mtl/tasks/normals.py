@@ -30,6 +30,10 @@ class Normals(Task):
 
     The camera's frame is x right, y down, z forward, so that a surface facing the camera has z < 0.
 
+    The likelihood is von Mises and Fisher's: on the sphere in three dimensions, the negative logarithm of its density
+    is k (1 - cos) - ln k + ln 2π + ln(1 - e^{-2k}), the last of which vanishes as the concentration k grows. With
+    k = e^{-s} that is e^{-s} L + s, which has the form of Laplace's.
+
     Attributes:
         mean_direction: Direction (3,) of the sum of the labelled training pixels' normals, which of all constant
             predictions has the least loss; facing the camera until `observe`.
@@ -47,6 +51,7 @@ class Normals(Task):
         "within_30": True,
         "mean_angle_image": False,
     }
+    likelihood = "laplace"
     mean_direction: Tensor
 
     def __init__(self, info: DataInfo) -> None:
@@ -85,7 +90,7 @@ class Normals(Task):
         return self.mean_direction.clone()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return 1 - cos of the angle between prediction and label, averaged over labelled pixels.
+        """Return 1 - cos of the angle between prediction and label, averaged over labelled pixels (of all ranks).
 
         Which is half the squared distance of the two unit vectors; an output shorter than `SHORTEST` is divided
         by that in place of its length. MTAN (Liu et al. 2019) and LibMTL have the same loss, but take a label

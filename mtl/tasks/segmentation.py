@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from mtl.config import SegmentationOptions
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Task, masked_mean, no_labels
+from mtl.tasks.base import Panel, Task, local_mean, no_labels, over_labelled_ranks, pooled_mean
 from mtl.tasks.colours import class_colours
 
 PRIOR_SMOOTHING = 0.01
@@ -23,6 +23,9 @@ PRIOR_SMOOTHING = 0.01
 
 class Segmentation(Task):
     """One of C classes per pixel; the outputs are logits (B, C, H, W), a prediction is (B, H, W) int64.
+
+    Its likelihood is categorical, with the Dice loss as well: that is no logarithm of a density, but compares the same
+    probabilities with the same classes, and a sum of the two needs one form.
 
     Attributes:
         frequency: Share of each class among the labelled training pixels, (C,); uniform until `observe`.
@@ -39,6 +42,7 @@ class Segmentation(Task):
         "miou_image": True,
         "iou/*": True,
     }
+    likelihood = "categorical"
     frequency: Tensor
     class_weights: Tensor
 
@@ -116,6 +120,9 @@ class Segmentation(Task):
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy, soft Dice loss or their sum over the labelled pixels of the whole batch.
+
+        Where several processes train together, cross-entropy pools the pixels of all their batches; Dice, no mean over
+        pixels, is averaged over the ranks that have labels.
 
         Args:
             outputs: Logits (B, C, H, W).
@@ -202,7 +209,7 @@ def cross_entropy(
     """Return `torch.nn.functional.cross_entropy` over labelled pixels, but zero where there are none.
 
     As in torch, class weights make it a weighted mean: the sum over pixels is divided by the sum of their
-    labels' weights.
+    labels' weights. Where several processes train together, the mean is over all ranks' pixels, see `masked_mean`.
 
     Args:
         logits: (B, C, H, W) floats.
@@ -215,15 +222,15 @@ def cross_entropy(
     pixels = F.cross_entropy(
         logits, target, weights, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
     )
-    total = (weights[torch.where(valid, target, 0)] * valid).sum()
-    return pixels.sum() / torch.where(total > 0, total, 1)
+    return pooled_mean(pixels.sum(), (weights[torch.where(valid, target, 0)] * valid).sum())
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return the soft Dice loss: 1 - 2 |P ∩ T| / (|P| + |T|), averaged over the classes in the target.
 
     Sets are fuzzy (Milletari et al. 2016, with sums in place of squares), with the softmax as membership, and
-    pooled over the labelled pixels of the batch. A class that is not in the target has no term.
+    pooled over the labelled pixels of the batch. A class that is not in the target has no term. Where several processes
+    train together, each rank's batch is taken by itself, and the mean is over the ranks that have labels.
 
     Args:
         logits: (B, C, H, W) floats.
@@ -231,13 +238,14 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     member = target[:, None] == classes
-    probability = torch.where((target != IGNORE_INDEX)[:, None], logits.softmax(dim=1), 0)
+    valid = target != IGNORE_INDEX
+    probability = torch.where(valid[:, None], logits.softmax(dim=1), 0)
     pixels = (0, 2, 3)
     overlap = torch.where(member, probability, 0).sum(pixels)
     size = member.sum(pixels)
     # A class in the target has a size of at least one pixel: the clamp only guards the others' 0 / 0.
     dice = 2 * overlap / (probability.sum(pixels) + size).clamp(min=1)
-    return masked_mean(1 - dice, size > 0)
+    return over_labelled_ranks(local_mean(1 - dice, size > 0), valid)
 
 
 class SegmentationMetric(Metric):
