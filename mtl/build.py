@@ -31,11 +31,11 @@ from mtl.tasks.base import Task
 from mtl.tasks.depth import Depth
 from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation
+from mtl.training.balancing import LossBalancer
 from mtl.training.module import MultiTaskModule
 from mtl.training.tracking import Mode
 from mtl.transfer.lora import Adapters, add_lora
-from mtl.weighting.base import Weighting
-from mtl.weighting.fixed import FixedWeights
+from mtl.weighting.rules import make_rule
 
 HELD_OUT_SCENES = 1_000_000
 """Number of the first rendered room that is held out; those for training are numbered from 0."""
@@ -213,19 +213,49 @@ def target_of(task: str) -> str:
     return built_in[task] if task in built_in else registry.tasks[task].target
 
 
-def build_weighting(experiment: Experiment) -> Weighting:
-    """Return the rule that combines the losses.
+def build_balancer(experiment: Experiment, tasks: Sequence[Task]) -> LossBalancer:
+    """Return what combines the losses.
 
     Raises:
-        UserError: A plugin's rule does not do what a rule must.
+        UserError: The rule has no such options, or a plugin's rule does not do what a rule must.
     """
-    rule = registry.weightings.get(experiment.weighting)
-    if rule is None:
-        return FixedWeights({task: experiment.loss_weights.get(task, 1.0) for task in experiment.task})
-    with in_plugin(file_of(rule) or experiment.weighting, f"making the weighting rule {experiment.weighting!r}"):
-        made = rule(experiment.task)
-    check_weighting(made, experiment.task)
-    return made
+    name = experiment.weighting
+    options: dict[str, Any] = dict(experiment.weighting_options)
+    if name == "fixed":
+        if options:
+            raise UserError("--weighting-options: the rule 'fixed' has none; its weights are given by --loss-weights")
+        options = {"weights": experiment.loss_weights}
+    likelihoods = {task.name: str(task.likelihood) for task in tasks}
+    plugin = registry.weightings.get(name)
+    if plugin is None:
+        rule = make_rule(name, likelihoods, options, experiment.seed)
+    else:
+        with in_plugin(file_of(plugin) or name, f"making the weighting rule {name!r}"):
+            rule = make_rule(name, likelihoods, options, experiment.seed)
+        check_weighting(rule, list(likelihoods))
+    if not rule.needs_gram:
+        for flag, given in (
+            (f"--weighting-every {experiment.weighting_every}", experiment.weighting_every > 1),
+            ("--weighting-on parameters", experiment.weighting_on == "parameters"),
+        ):
+            if given:
+                raise UserError(f"{flag} is for rules that compare gradients, which {name!r} does not; leave it out")
+    return LossBalancer(rule, experiment.weighting_every, experiment.weighting_on, experiment.head_weighting)
+
+
+def unbalanced(experiment: Experiment, compares_gradients: bool) -> str | None:
+    """Return why a rule that compares gradients has nothing to compare, in a sentence, or None."""
+    if not compares_gradients:
+        return None
+    if len(experiment.task) == 1:
+        return f"--weighting {experiment.weighting}: one task has no other to be weighed against; its weight is 1"
+    if experiment.freeze:
+        until = "" if experiment.backbone_stays else ", until the backbone thaws"
+        return (
+            f"--weighting {experiment.weighting}: no gradients meet in a frozen backbone; "
+            f"the losses are summed as they are{until}"
+        )
+    return None
 
 
 def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool = True) -> MultiTaskModel:
@@ -264,15 +294,19 @@ def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> Mu
         UserError: The parts do not go together.
     """
     tasks = build_tasks(experiment, info)
+    balancer = build_balancer(experiment, tasks)
     model = build_model(experiment, tasks, training=total_steps > 0)
     if experiment.compile:
+        if balancer.on == "parameters":
+            # Its graph is passed once for each task, and so may not give its memory away in the first pass.
+            torch._functorch.config.donated_buffer = False
         model.compile()
     augmentation = None
     if total_steps > 0:
         augmentation = Augmentation(resolve_augmentation(experiment), experiment.seed, inverse_depth=info.inverse_depth)
         if experiment.compile:
             augmentation.compile_photometry()
-    return MultiTaskModule(model, tasks, build_weighting(experiment), experiment, total_steps, info, augmentation)
+    return MultiTaskModule(model, tasks, balancer, experiment, total_steps, info, augmentation)
 
 
 def adapt(module: MultiTaskModule) -> Adapters | None:

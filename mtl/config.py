@@ -5,6 +5,7 @@ are the flags of the command line and the keys of the YAML files; what their val
 checked here where that needs no model and no data, and where they are used otherwise.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -45,6 +46,14 @@ def _known(value: str, kind: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
         raise ValueError(f"{value!r} is not a {kind}{nearest(value, allowed)}; there are {', '.join(allowed)}")
     return value
+
+
+def number_or_word(text: str) -> int | float | str:
+    """Return a number where a text is one, else the text itself."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 class Options(BaseModel):
@@ -296,9 +305,17 @@ class TaskGroup(Options):
     task: list[str] = ["segmentation", "depth"]
     """One task or several, learned together on one backbone: segmentation, depth, normals, or a plugin's."""
     weighting: str = "fixed"
-    """How the tasks' losses are combined: fixed (a sum with --loss-weights), or a plugin's rule."""
+    """How the tasks' losses are combined: fixed (a sum with --loss-weights), another rule, or a plugin's."""
     loss_weights: dict[str, float] = {}
     """Weights of the tasks' losses in their sum (segmentation=1 depth=0.5); 1 where not named."""
+    weighting_options: dict[str, int | float | str] = {}
+    """Options of the rule (alpha=2); README.md lists each rule's."""
+    weighting_every: int = Field(1, ge=1)
+    """Optimizer steps between two questions to a rule that compares gradients; in between, weights stay."""
+    weighting_on: Literal["features", "parameters"] = "features"
+    """Where gradients are compared: the shared features, or the backbone's parameters, a backward pass a task."""
+    head_weighting: Literal["scaled", "own"] = "scaled"
+    """Whether a head's own gradient is scaled by its task's weight, or left as it is."""
 
     @field_validator("needs_plugins")
     @classmethod
@@ -323,6 +340,11 @@ class TaskGroup(Options):
         if len(set(value)) < len(value):
             raise ValueError("a task is named twice")
         return value
+
+    @field_validator("weighting_options")
+    @classmethod
+    def _numbers(cls, value: dict[str, int | float | str]) -> dict[str, int | float | str]:
+        return {name: number_or_word(given) if isinstance(given, str) else given for name, given in value.items()}
 
     @field_validator("weighting")
     @classmethod

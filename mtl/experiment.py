@@ -30,6 +30,7 @@ from mtl.build import (
     make_trainer,
     plan_fits,
     target_of,
+    unbalanced,
 )
 from mtl.config import (
     PROBABILITIES,
@@ -51,7 +52,15 @@ from mtl.tasks.base import Panel, Task
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
-from mtl.training.pictures import Panels, channels_last, draw_curves, draw_predictions, draw_rows, overlay
+from mtl.training.pictures import (
+    Panels,
+    channels_last,
+    draw_curves,
+    draw_predictions,
+    draw_rows,
+    draw_weighting,
+    overlay,
+)
 from mtl.training.tracking import log_predictions, start_wandb
 from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, load_weights, require, save_backbone
 
@@ -107,6 +116,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         _prepare(module, experiment, training, surroundings)
     if adapters := adapt(module):
         surroundings.say(str(adapters))
+    if note := unbalanced(experiment, module.balancer.rule.needs_gram):
+        surroundings.say(note)
     sizes = [(p.numel(), p.requires_grad) for p in module.model.parameters()]
     learning, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
     surroundings.say(f"learning: {learning / 1e6:.2f} of {total / 1e6:.2f} million parameters")
@@ -434,6 +445,8 @@ def _draw(
     """Write the run's pictures, of the same few samples every time."""
     tasks = list(module.each_task())
     draw_curves(outcome.folder / "curves.png", history, tasks, outcome.constant)
+    if len(tasks) > 1:
+        draw_weighting(outcome.folder / "weighting.png", history, [task.name for task in tasks])
     panels, predictions, targets = predict_panels(module, samples)
     classes = next((task.class_names for task in tasks if task.class_names), ())
     draw_predictions(outcome.folder / "predictions.png", panels, classes)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from tyro.constructors import PrimitiveConstructorSpec
 
-from mtl.config import GROUPS, YAML_ONLY, Experiment
+from mtl.config import GROUPS, YAML_ONLY, Experiment, number_or_word
 from mtl.errors import UserError, nearest
 
 
@@ -180,21 +180,25 @@ def word_or(default: str, metavar: str) -> PrimitiveConstructorSpec[str | None]:
     )
 
 
-def _mapping(number: type) -> PrimitiveConstructorSpec[dict[str, Any]]:
+def _mapping(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
     """Let a mapping be written as ``segmentation=1 depth=0.5``."""
+    number: Callable[[str], Any] = kind if isinstance(kind, type) else number_or_word
+    what = "NUMBER" if isinstance(kind, type) else "VALUE"
 
     def read(words: list[str]) -> dict[str, Any]:
         values = {}
         for word in words:
             name, equals, value = word.partition("=")
             if not equals:
-                raise ValueError(f"{word!r} should have the form NAME=NUMBER")
+                raise ValueError(
+                    f"{word!r} should have the form NAME={what}"
+                )
             values[name] = number(value)
         return values
 
     return PrimitiveConstructorSpec(
         nargs="*",
-        metavar=f"NAME={number.__name__.upper()} ...",
+        metavar=f"NAME={what} ...",
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [f"{name}={number}" for name, number in value.items()],

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -17,9 +17,9 @@ from mtl import registry
 from mtl.data.caching import Fingerprinted, digest
 from mtl.data.sample import IGNORE_INDEX, TARGETS, DataInfo, Sample, Source
 from mtl.errors import UserError
-from mtl.plugins import file_of, in_plugin, title_of
+from mtl.plugins import file_of, in_plugin, in_plugin_of, title_of
 from mtl.tasks.base import Likelihood, Panel, Task
-from mtl.weighting.base import Weighting
+from mtl.weighting.base import Step, Weighting
 
 T = TypeVar("T")
 
@@ -152,21 +152,18 @@ class _CheckedSource:
         return None
 
 
-def weigh(rule: Weighting, losses: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor]:
-    """Return a rule's weights; those of a plugin's rule are checked, which makes it wait for the device.
+def weigh(rule: Weighting, step: Step, number: int) -> Tensor:
+    """Return a rule's weights (T,), detached, in double precision.
 
     Args:
         rule: The rule.
-        losses: Scalar losses by task.
-        step: Optimizer steps done, for the message.
+        step: What it is shown.
+        number: Optimizer steps done, for the message.
 
     Raises:
-        UserError: A plugin's rule raises, or returns what `Weighting` does not allow.
+        UserError: A plugin's rule raises, or a rule returns what `Weighting` does not allow.
     """
-    if file_of(rule) is None:
-        weights: Mapping[str, Tensor] = rule(losses)
-        return weights
-    return _checked_weights(rule, losses, f" at step {step}")
+    return _checked_weights(rule, step, f" at step {number}")
 
 
 def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
@@ -179,43 +176,47 @@ def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
     Raises:
         UserError: The rule raises, or returns what `Weighting` does not allow.
     """
-    with in_plugin(file_of(rule) or type(rule).__name__, f"trying {title_of(rule)}"):
-        tried = copy.deepcopy(rule).train()
-        outputs = torch.linspace(1, 2, len(tasks)).requires_grad_()
-        optimizer = torch.optim.SGD([outputs, *tried.parameters()], lr=0.01)
-        # Thrice, as a rule may remember, and may keep a graph that is gone by then; last without a label of a task.
-        for unlabelled in (None, None, tasks[0]):
-            losses = {task: out**2 * (task != unlabelled) for task, out in zip(tasks, outputs, strict=True)}
-            when = f" where the loss of {unlabelled!r} is zero, as without labels" if unlabelled else ""
-            weights = _checked_weights(tried, losses, when)
-            if not unlabelled and not any(weights.values()):
-                raise UserError(f"{title_of(rule)} gives every task the weight 0, and one must be positive")
-            optimizer.zero_grad()
-            torch.autograd.backward(torch.stack([weights[task] * loss for task, loss in losses.items()]).sum())
-            optimizer.step()
-
-
-def _checked_weights(rule: Weighting, losses: Mapping[str, Tensor], when: str) -> Mapping[str, Tensor]:
     title = title_of(rule)
-    with in_plugin(file_of(rule) or type(rule).__name__, f"{title}{when}"):
-        weights = rule(losses)
-        if not isinstance(weights, Mapping):
-            raise UserError(f"{title} gives a {type(weights).__name__}, and must give a dictionary of weights by task")
-        if weights.keys() != losses.keys():
-            given, wanted = (", ".join(map(repr, tasks)) or "no task" for tasks in (weights, losses))
-            raise UserError(f"{title} gives weights for {given}, and must give one for each of {wanted}")
-        for task, weight in weights.items():
-            if not isinstance(weight, Tensor):
-                raise UserError(f"{title} gives {task!r} a {type(weight).__name__}, and must give a scalar tensor")
-            if weight.shape != () or not weight.is_floating_point():
-                given = f"a tensor of {weight.dtype}, {tuple(weight.shape)}"
-                raise UserError(f"{title} gives {task!r} {given}, and must give a scalar tensor of floats")
-            value = weight.item()
-            # Of losses that are not finite nothing follows, and what to do about them is said elsewhere.
-            if not (math.isfinite(value) and value >= 0) and all(loss.isfinite() for loss in losses.values()):
-                raise UserError(f"{title} gives {task!r} the weight {value}{when}; weights are finite, and 0 or more")
-    checked: Mapping[str, Tensor] = weights
-    return checked
+    with in_plugin(file_of(rule) or type(rule).__name__, f"trying {title}"):
+        tried = copy.deepcopy(rule).train()
+        parameters = list(tried.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.01) if parameters else None
+        # Thrice, as a rule may remember, and may keep a graph that is gone by then; last without labels of a task.
+        for number, unlabelled in enumerate((None, None, tasks[0] if len(tasks) > 1 else None)):
+            present = torch.tensor([place for place, task in enumerate(tasks) if task != unlabelled])
+            losses = torch.linspace(1, 2, len(tasks), dtype=torch.float64) / (number + 1)
+            gram = (torch.eye(len(tasks)) + 0.5).double() if rule.needs_gram else torch.zeros(0, 0).double()
+            step = Step(losses[present], present, gram[present][:, present] if rule.needs_gram else gram)
+            when = f" where {unlabelled!r} has no labels" if unlabelled else ""
+            if not _checked_weights(tried, step, when).any():
+                raise UserError(f"{title} gives every task the weight 0, and one must have another")
+            tried.asked += 1
+            objective = tried.objective(step)
+            if optimizer is not None and objective is not None:
+                optimizer.zero_grad()
+                torch.autograd.backward(objective)
+                optimizer.step()
+            tried.look_again(step, step.losses / 2)
+            tried.end_epoch()
+
+
+def _checked_weights(rule: Weighting, step: Step, when: str) -> Tensor:
+    title = title_of(rule)
+    with in_plugin_of(rule, f"forward{when}"):
+        weights = rule(step)
+        count = len(step.losses)
+        if not isinstance(weights, Tensor):
+            raise UserError(f"{title} gives a {type(weights).__name__}, and must give a tensor of {count} weights")
+        if weights.shape != (count,) or not weights.is_floating_point():
+            given = f"a tensor of {weights.dtype}, {tuple(weights.shape)}"
+            raise UserError(f"{title} gives {given}{when}, and must give {count} floats, one a task with labels")
+        for place, value in zip(step.present.tolist(), weights.tolist(), strict=True):
+            if not math.isfinite(value) or (value < 0 and not rule.needs_gram):
+                raise UserError(
+                    f"{title} gives {rule.tasks[place]!r} the weight {value}{when}; weights are finite, and 0 or more "
+                    "unless they come from gradients"
+                )
+    return weights.detach().double()
 
 
 def check_task(task: Task, size: tuple[int, int] = (16, 24)) -> None:

@@ -23,7 +23,7 @@ TASKS = ("segmentation", "depth", "normals")
 DATA_SETS = ("scenes", "folder", "nyuv2", "cityscapes")
 """The data sets that come with the package."""
 
-WEIGHTINGS = ("fixed",)
+WEIGHTINGS = ("fixed", "equal")
 """The weighting rules that come with the package."""
 
 
@@ -100,7 +100,7 @@ def register_data_set(name: str) -> "Callable[[Callable[..., Source]], Callable[
 def register_weighting(name: str) -> "Callable[[type[Weighting]], type[Weighting]]":
     """Make a `mtl.weighting.base.Weighting` subclass known as ``--weighting NAME``; a decorator for a plugin.
 
-    Its constructor takes the names of the tasks.
+    Its constructor takes each task's likelihood by its name, and options for ``--weighting-options``.
     """
 
     def add(rule: "type[Weighting]") -> "type[Weighting]":

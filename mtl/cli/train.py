@@ -78,7 +78,8 @@ def run(words: list[str], program: str, description: str) -> None:
     print_results(outcome.results, outcome.constant)
     print(f"\n{outcome.steps} steps, {outcome.seconds:.0f} s; everything is in {outcome.folder}:")
     backbone = "" if experiment.backbone_stays else "  backbone.safetensors"
-    print(f"  curves.png  predictions.png  metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
+    weighting = "weighting.png  " if len(experiment.task) > 1 else ""
+    print(f"  curves.png  predictions.png  {weighting}metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
     print("next, for example:")
     for command, purpose in _suggestions(experiment, outcome.folder):
         print(f"  {command}\n      {purpose}")

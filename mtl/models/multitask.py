@@ -1,13 +1,13 @@
 """One backbone, one head for each task."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mtl.errors import UserError
-from mtl.models.backbone import Backbone
+from mtl.models.backbone import Backbone, Pyramid
 from mtl.models.heads import Head
 
 
@@ -28,8 +28,21 @@ class MultiTaskModel(nn.Module):
         """Return a task's head."""
         return cast(Head, self.heads[task])
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile backbone and heads, each by itself: training may need the features between them."""
+        for part in (self.backbone, *self.heads.values()):
+            part.compile(*args, **kwargs)
+
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Return each task's outputs (B, C, H, W) for images (B, 3, H, W) in [0, 1].
+
+        Raises:
+            UserError: The images are not floats.
+        """
+        return self.decode(self.encode(image), (image.shape[-2], image.shape[-1]))
+
+    def encode(self, image: Tensor) -> Pyramid:
+        """Return the shared features of images (B, 3, H, W) in [0, 1].
 
         An image whose sides are not multiples of the backbone's stride is extended at its right and lower
         edges by repeating the last pixels, and the outputs are cut back. Every map of the pyramid then covers
@@ -40,11 +53,19 @@ class MultiTaskModel(nn.Module):
         """
         if not image.is_floating_point():
             raise UserError(f"images must be floats in [0, 1], not {image.dtype}; divide bytes by 255")
-        height, width = image.shape[-2:]
-        stride = self.backbone.stride
-        padding = (0, -width % stride, 0, -height % stride)
+        height, width = self._extended((image.shape[-2], image.shape[-1]))
+        padding = (0, width - image.shape[-1], 0, height - image.shape[-2])
         if any(padding):
             image = functional.pad(image, padding, mode="replicate")
-        pyramid = self.backbone(image)
-        size = (image.shape[-2], image.shape[-1])
-        return {name: head(pyramid, size)[..., :height, :width] for name, head in self.heads.items()}
+        pyramid: Pyramid = self.backbone(image)
+        return pyramid
+
+    def decode(self, pyramid: Pyramid, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return each task's outputs (B, C, H, W) for the features of images of `size` = (H, W)."""
+        extended = self._extended(size)
+        return {name: head(pyramid, extended)[..., : size[0], : size[1]] for name, head in self.heads.items()}
+
+    def _extended(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the next multiples of the backbone's stride."""
+        stride = self.backbone.stride
+        return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride

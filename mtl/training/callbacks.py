@@ -1,6 +1,5 @@
 """What happens around the steps: averaging, recording, and checkpoints that training can go on from."""
 
-import math
 import random
 from typing import Any, cast
 
@@ -12,12 +11,8 @@ from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTrack
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from mtl.errors import UserError
 from mtl.training.history import History
-from mtl.training.module import MultiTaskModule
-
-LOG_EVERY = 10
-"""Optimizer steps between two rows of training losses."""
+from mtl.training.module import LOG_EVERY, MultiTaskModule
 
 
 class ProgressBar(RichProgressBar):
@@ -30,7 +25,7 @@ class ProgressBar(RichProgressBar):
         assert isinstance(pl_module, MultiTaskModule)
         shown: dict[str, int | str | float | dict[str, float]] = {}
         if trainer.training and "train/loss" in pl_module.terms:
-            shown["loss"] = f"{float(pl_module.terms['train/loss']):.3f}"
+            shown["loss"] = f"{pl_module.terms['train/loss']:.3f}"
         if "gain" in pl_module.results:
             shown["gain"] = f"{pl_module.results['gain']:.3f}"
         return shown
@@ -134,38 +129,23 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Record the losses now and then, and stop training whose loss is no number."""
+        """Record the losses now and then."""
         assert isinstance(pl_module, MultiTaskModule)
         step = trainer.global_step
         if step == self._recorded or step % LOG_EVERY:
             return
         self._recorded = step
-        terms = self._finite(pl_module.terms, step)
-        terms["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        self._log(trainer, terms)
+        self._log(trainer, pl_module.terms | {"train/lr": trainer.optimizers[0].param_groups[0]["lr"]})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record the metrics."""
         assert isinstance(pl_module, MultiTaskModule)
-        self._finite(pl_module.terms, trainer.global_step)
         self._log(trainer, pl_module.results)
         self.history.save()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the table a last time."""
         self.history.save()
-
-    @staticmethod
-    def _finite(terms: dict[str, Tensor], step: int) -> dict[str, float]:
-        """Return the last step's losses and weights as numbers, which ends a training that has diverged."""
-        numbers = {name: float(value) for name, value in terms.items()}
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{name} became {value} at step {step}, so training stopped; a lower --lr, --clip 1 or "
-                    "--precision 32-true usually helps"
-                )
-        return numbers
 
     @staticmethod
     def _log(trainer: lightning.Trainer, values: dict[str, float]) -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import lightning
 import torch
@@ -13,11 +14,13 @@ from torchmetrics import Metric
 from mtl.config import Experiment
 from mtl.data.sample import Batch, DataInfo, as_floats
 from mtl.models.multitask import MultiTaskModel
-from mtl.plugin_checks import weigh
 from mtl.plugins import in_plugin_of
 from mtl.tasks.base import Task
+from mtl.training.balancing import Cut, LossBalancer
 from mtl.transfer.groups import parameter_groups
-from mtl.weighting.base import Weighting
+
+LOG_EVERY = 10
+"""Optimizer steps between two rows of training losses."""
 
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -35,7 +38,7 @@ class MultiTaskModule(lightning.LightningModule):
     Args:
         model: Backbone and heads.
         tasks: The tasks, in the order in which they are reported.
-        weighting: From losses to weights.
+        balancer: From losses to one backward pass.
         options: Optimizer, schedule and the like; all of it is stored in checkpoints.
         total_steps: Optimizer steps of the fit, for the schedule.
         info: What is known of the data, stored in checkpoints.
@@ -43,7 +46,7 @@ class MultiTaskModule(lightning.LightningModule):
 
     Attributes:
         thawed_at: Epochs and optimizer steps done when the backbone thawed, or None.
-        terms: The last step's raw losses and weights, by task, and their weighted sum, detached.
+        terms: What there is to record of the last step: raw losses and weights by task, and how gradients meet.
         results: The last validation's metrics by full name.
         constant: The same metrics of each task's constant prediction, once a validation has seen its labels.
         views: What predicts in this module's place in validation, such as an average over views of each image.
@@ -53,7 +56,7 @@ class MultiTaskModule(lightning.LightningModule):
         self,
         model: MultiTaskModel,
         tasks: Iterable[Task],
-        weighting: Weighting,
+        balancer: LossBalancer,
         options: Experiment,
         total_steps: int,
         info: DataInfo,
@@ -62,7 +65,9 @@ class MultiTaskModule(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.tasks = nn.ModuleDict({task.name: task for task in tasks})
-        self.weighting = weighting
+        self.balancer = balancer
+        # What the balancer learns is computed on every rank from the same numbers, on the host.
+        self._ddp_params_and_buffers_to_ignore = [f"balancer.{name}" for name in balancer.state_dict()]
         self.options = options
         self.total_steps = total_steps
         self.info = info
@@ -71,7 +76,8 @@ class MultiTaskModule(lightning.LightningModule):
         self.measured = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.baseline = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.views: Callable[[Tensor], dict[str, Tensor]] | None = None
-        self.terms: dict[str, Tensor] = {}
+        self.terms: dict[str, float] = {}
+        self._again: _Again | None = None
         self.results: dict[str, float] = {}
         self.constant: dict[str, float] = {}
 
@@ -115,19 +121,58 @@ class MultiTaskModule(lightning.LightningModule):
         return weight is not None and weight.is_contiguous(memory_format=torch.channels_last)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the weighted sum of the tasks' losses."""
-        outputs = self.model(batch["image"])
+        """Return the weighted sum of the tasks' losses, whose backward pass is what the weighting makes of it."""
+        step = self.global_step
+        if self.balancer.rule.needs_second_forward and self.balancer.asks(step):
+            self._again = _Again(batch, Generators(self.device))
+        learns = any(p.requires_grad for p in self.model.backbone.parameters())
+        measures = (step + 1) % LOG_EVERY == 0
+        cut = Cut(self.model.backbone) if self.balancer.cuts(step, learns, measure=measures) else None
+        losses = self._losses(batch, cut)
+        labelled = {task.name: task.labelled(batch) for task in self.each_task()}
+        own = {
+            task.name: [p for part in (self.model.head(task.name), task) for p in part.parameters() if p.requires_grad]
+            for task in self.each_task()
+        }
+        balance = self.balancer(losses, labelled, own, cut, step, self._loss_scale())
+        self.terms = balance.terms
+        total: Tensor = balance.total
+        return total
+
+    def _losses(self, batch: Batch, cut: Cut | None) -> dict[str, Tensor]:
+        image = batch["image"]
+        pyramid = self.model.encode(image)
+        if cut is not None:
+            pyramid = cut.pyramid(pyramid)
+        outputs = self.model.decode(pyramid, (image.shape[-2], image.shape[-1]))
         losses: dict[str, Tensor] = {}
         for task in self.each_task():
             with in_plugin_of(task, "loss"):
                 losses[task.name] = task.loss(outputs[task.name], batch)
-        weights = weigh(self.weighting, losses, self.global_step)
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-        self.terms = {"train/loss": total.detach()}
-        for name, loss in losses.items():
-            self.terms[f"train/loss/{name}"] = loss.detach()
-            self.terms[f"train/weight/{name}"] = weights[name].detach()
-        return total
+        return losses
+
+    def _loss_scale(self) -> Tensor | None:
+        """Return what half precision multiplies losses by, if it does."""
+        scaler = None if self._trainer is None else getattr(self.trainer.precision_plugin, "scaler", None)
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.device))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Make the step; then, for a rule that asks for it, see what it has done to the losses of the same batch."""
+        super().optimizer_step(*args, **kwargs)
+        again, self._again = self._again, None
+        if again is None or self.balancer.shown is None:
+            return
+        # As the first time: the same random choices, and nothing of the batch counted twice in running statistics.
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        with again.generators.replayed(), torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+            losses = self._losses(again.batch, None)
+        for buffer, before in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+        self.balancer.look_again(losses)
+
+    def on_train_epoch_end(self) -> None:
+        """Tell the weighting rule."""
+        self.balancer.rule.end_epoch()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
@@ -180,6 +225,35 @@ class MultiTaskModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what only the first validation measures."""
         self.constant = checkpoint["constant"]
+
+
+class _Again(NamedTuple):
+    """A batch that is to be looked at again after the optimizer step, and the generators as they were before it."""
+
+    batch: Batch
+    generators: "Generators"
+
+
+class Generators:
+    """The states that torch's generators have now.
+
+    Args:
+        device: Whose generator, beside the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw once more what was drawn from here on, and leave the generators as they are."""
+        with torch.random.fork_rng([] if self.cuda is None else [self.device]):
+            torch.set_rng_state(self.host)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
 
 
 def _metric(metrics: nn.ModuleDict, task: Task) -> Metric:

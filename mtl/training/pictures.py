@@ -157,6 +157,28 @@ def draw_curves(path: Path, history: History, tasks: Sequence[Task], constant: M
     _save(figure, path)
 
 
+def draw_weighting(path: Path, history: History, tasks: Sequence[str]) -> None:
+    """Write how the losses were combined: each task's weight and share of the gradient's norm, and pairs' cosines."""
+    pairs = [f"{first}-{second}" for i, first in enumerate(tasks) for second in tasks[i + 1 :]]
+    kinds = {
+        "weight of the loss": ("train/weight/", tasks),
+        "share of the shared gradient's norm": ("train/gradient_share/", tasks),
+        "cosine of two tasks' gradients": ("train/cosine/", pairs),
+    }
+    figure = Figure(figsize=(4.5 * len(kinds), 3.4), layout="constrained")
+    for axes, (title, (prefix, names)) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
+        for name in names:
+            steps, values = history.column(prefix + name)
+            axes.plot(steps, values, label=name, linewidth=1, marker="." if len(steps) < 20 else None)
+        axes.set(title=title, xlabel="step")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        if title.startswith("cosine"):
+            axes.set_ylim(-1.05, 1.05)
+            axes.axhline(0, color="grey", linewidth=0.8)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -5,22 +5,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mtl.weighting.base import Weighting
+from mtl.weighting.base import Step, Weighting
 
 
-class FixedWeights(Weighting):
+class Fixed(Weighting):
     """The same weights at every step, such as the lecture's alpha and beta.
 
     Args:
-        weights: Each task's weight, positive.
+        tasks: Each task's likelihood by its name.
+        weights: Weights by task, positive; 1 where not named.
     """
 
     weights: Tensor
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        super().__init__(list(weights))
-        self.register_buffer("weights", torch.tensor([weights[task] for task in self.tasks]))
+    def __init__(self, tasks: Mapping[str, str], weights: Mapping[str, float] | None = None) -> None:
+        super().__init__(tasks)
+        given = weights or {}
+        self.register_buffer("weights", torch.tensor([given.get(t, 1.0) for t in self.tasks], dtype=torch.float64))
 
-    def forward(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weight of each task's scalar loss."""
-        return {task: weight for task, weight in zip(self.tasks, self.weights, strict=True) if task in losses}
+    def forward(self, step: Step) -> Tensor:
+        """Return the weights (T,) of the present tasks."""
+        return self.weights[step.present]

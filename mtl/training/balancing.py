@@ -1,0 +1,397 @@
+"""How the tasks' losses become one backward pass, whatever the rule that weighs them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mtl.errors import UserError
+from mtl.models.backbone import Pyramid
+from mtl.plugin_checks import weigh
+from mtl.tasks.base import most_precise
+from mtl.weighting.base import HostModule, Step, Weighting
+
+_REMEDY = "a lower --lr, --clip 1 or --precision 32-true usually helps"
+
+
+class Cut:
+    """The shared features, cut off from the backbone's graph: what the heads read, and where their gradients meet.
+
+    All maps are cut at once. They are nested, each computed from the one before: a gradient that went on from one map
+    into another would be counted twice.
+
+    Args:
+        backbone: What of the backbone learns.
+
+    Attributes:
+        features: The features as the backbone gives them, those that have a graph.
+        leaves: The same, detached, as the heads read them.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = [p for p in backbone.parameters() if p.requires_grad]
+        self.features: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+
+    def pyramid(self, pyramid: Pyramid) -> Pyramid:
+        """Return a pyramid of the same values for the heads to read."""
+        return Pyramid(
+            [self._leaf(m) for m in pyramid.maps], [t if t is None else self._leaf(t) for t in pyramid.tokens]
+        )
+
+    def _leaf(self, features: Tensor) -> Tensor:
+        # Such as the image itself, or what comes from frozen stages.
+        if not features.requires_grad:
+            return features
+        self.features.append(features)
+        self.leaves.append(features.detach().requires_grad_())
+        return self.leaves[-1]
+
+
+@dataclass
+class Balance:
+    """What came of the losses of one batch.
+
+    Attributes:
+        total: The weighted sum; its ``backward()`` reaches every parameter once.
+        terms: What there is to record: raw losses and weights by task, their sum, and, where gradients were compared,
+            each task's share of their norm and the cosine of each pair.
+        step: What a rule sees of the batch.
+    """
+
+    total: Tensor
+    terms: dict[str, float]
+    step: Step
+
+
+@dataclass
+class _Gradients:
+    """The tasks' gradients, as far as they go through the cut, times `scale`.
+
+    Attributes:
+        scale: What keeps them from vanishing in half precision, a device scalar.
+        heads: Of each task's own parameters.
+        shared: Of the features, or of the backbone's parameters; None where a task does not reach one.
+        meets: The tensors of which `shared` are the gradients.
+    """
+
+    scale: Tensor
+    meets: Sequence[Tensor]
+    heads: dict[str, Sequence[Tensor | None]] = field(default_factory=dict)
+    shared: dict[str, Sequence[Tensor | None]] = field(default_factory=dict)
+
+
+class LossBalancer(HostModule):
+    """Asks a rule for weights, and delivers the weighted gradients in one backward pass.
+
+    Where nobody needs to know how the gradients of the tasks meet, the weighted losses are summed and autograd does the
+    rest. Otherwise each task's loss goes back through its own head to the shared features and stops there (MGDA-UB's
+    cut, Sener and Koltun 2018); their Gram matrix, summed over every element of every map and over ranks, is what the
+    rule sees; and the combined gradient of the features goes through the backbone once. So the backbone is passed as
+    often as for a plain sum.
+
+    Args:
+        rule: The rule.
+        every: Optimizer steps from one question to the rule to the next; in between, weights stay.
+        on: Where the gradients meet: 'features', or 'parameters' for the backbone's own, which takes a backward pass
+            for each task.
+        heads: 'scaled' multiplies the gradients of a task's own head by its weight, so that everything follows the
+            gradient of the weighted sum; 'own' leaves them as they are.
+
+    Attributes:
+        held: The present weights (T,) of all tasks, a buffer.
+        shown: What the rule was shown when it was last asked.
+    """
+
+    held: Tensor
+
+    def __init__(
+        self,
+        rule: Weighting,
+        every: int = 1,
+        on: Literal["features", "parameters"] = "features",
+        heads: Literal["scaled", "own"] = "scaled",
+    ) -> None:
+        super().__init__()
+        self.rule = rule
+        self.every, self.on, self.own_heads = every, on, heads == "own"
+        self.register_buffer("held", torch.ones(len(rule.tasks), dtype=torch.float64))
+        self.shown: Step | None = None
+        self._asked_at: int | None = None
+
+    def asks(self, step: int) -> bool:
+        """Return whether the rule is asked in the next batch, the optimizer having done so many steps."""
+        due = step % self.every == 0 or int(self.rule.asked) == 0
+        return due and step != self._asked_at
+
+    def cuts(self, step: int, backbone_learns: bool, *, measure: bool) -> bool:
+        """Return whether the next batch is to be computed with the features cut off from the backbone.
+
+        Args:
+            step: Optimizer steps done.
+            backbone_learns: Whether gradients can meet anywhere.
+            measure: Whether it is to be known how they meet, for a person to see.
+        """
+        if len(self.rule.tasks) < 2 or not backbone_learns:
+            return False
+        return measure or self.own_heads or (self.rule.needs_gram and self.asks(step))
+
+    def forward(
+        self,
+        losses: Mapping[str, Tensor],
+        labelled: Mapping[str, Tensor],
+        heads: Mapping[str, Sequence[Tensor]],
+        cut: Cut | None,
+        step: int,
+        scale: Tensor | None = None,
+    ) -> Balance:
+        """Weigh the losses of a batch.
+
+        There is one transfer from the device to the host, of a few numbers.
+
+        Args:
+            losses: Scalar losses by task, zero for a task without labels.
+            labelled: Whether the batch has labels, scalar booleans by task.
+            heads: By task, what of its own learns.
+            cut: Where the heads' features come from, or None where they are not cut off.
+            step: Optimizer steps done.
+            scale: Scalar by which the total is multiplied before its backward pass, to be done here as well for what
+                goes back before.
+
+        Raises:
+            UserError: A loss is not finite, or a plugin's rule does not do what a rule must.
+        """
+        found = None
+        gram = torch.zeros(0, 0)
+        if cut is not None:
+            found = self._gradients(losses, heads, cut, scale)
+            gram = gram_matrix([found.shared[task] for task in losses], found.meets)
+        # Two ranks' gradients of the same parameters are already averaged; those of features are of different images.
+        gram = gram / (1 if self.on == "parameters" else _world_size())
+        values, counts, gram, factor = means_on_host(
+            torch.stack([loss.detach() for loss in losses.values()]),
+            torch.stack([labelled[task] for task in losses]),
+            gram,
+            torch.ones(()) if found is None else found.scale,
+        )
+        present = counts > 0
+        for task, value in zip(losses, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss of the task {task!r} became {value} at step {step}, so training stopped before it "
+                    f"reached the weights; {_REMEDY}"
+                )
+        gram = gram / factor**2
+        there = torch.arange(len(values))[present]
+        shown = gram[there][:, there] if self.rule.needs_gram and found else torch.zeros(0, 0, dtype=torch.float64)
+        seen = Step(values[there], there, shown)
+        asked = self._ask(seen, step, gram, tuple(losses), can_overflow=scale is not None)
+        weights = dict(zip(losses, self.held.tolist(), strict=True))
+        if found is not None:
+            assert cut is not None
+            total = self._deliver(losses, weights, found, heads)
+        else:
+            total = torch.stack([loss * weights[task] for task, loss in losses.items()]).sum()
+        # A rule that sees gradients learns from what it was asked with; others see every batch.
+        learns = len(there) > 0 and (asked or not self.rule.needs_gram)
+        objective = self.rule.objective(seen) if learns else None
+        if objective is not None:
+            # Only its gradient is wanted: the total stays the weighted sum of the losses.
+            total = total + (objective - objective.detach()).to(total)
+        names = [task for task, is_there in zip(losses, present.tolist(), strict=True) if is_there]
+        terms = _terms(names, dict(zip(losses, values.tolist(), strict=True)), weights)
+        if found is not None:
+            terms |= meeting(names, gram[there][:, there], [weights[name] for name in names])
+        return Balance(total, terms, seen)
+
+    def _ask(self, seen: Step, step: int, gram: Tensor, tasks: Sequence[str], *, can_overflow: bool) -> bool:
+        """Ask the rule for new weights, where it is time and there is something to weigh, and return whether it was."""
+        if not self.asks(step) or not len(seen.losses) or (self.rule.needs_gram and not seen.gram.numel()):
+            return False
+        if not seen.gram.isfinite().all():
+            if can_overflow:
+                return False  # the optimizer will see the infinity too, and leave this step out
+            task = next(task for task, square in zip(tasks, gram.diagonal(), strict=True) if not square.isfinite())
+            raise UserError(
+                f"the gradient of the task {task!r} is not finite at step {step}, so training stopped before it "
+                f"reached the weights; {_REMEDY}"
+            )
+        self.held[seen.present] = weigh(self.rule, seen, step)
+        self.rule.asked += 1
+        self._asked_at, self.shown = step, seen
+        return True
+
+    def look_again(self, losses: Mapping[str, Tensor]) -> None:
+        """Show the rule the losses of the batch that it was last asked with, after the optimizer step.
+
+        Args:
+            losses: Scalar losses of all tasks.
+        """
+        assert self.shown is not None
+        (values,) = means_on_host(torch.stack(list(losses.values())))
+        values = values[self.shown.present]
+        if values.isfinite().all():  # otherwise training stops at the next step, which will say so
+            self.rule.look_again(self.shown, values)
+
+    def _gradients(
+        self, losses: Mapping[str, Tensor], heads: Mapping[str, Sequence[Tensor]], cut: Cut, scale: Tensor | None
+    ) -> _Gradients:
+        """Take each loss back to the features and, where gradients are to meet there, to the backbone's parameters."""
+        first = next(iter(losses.values()))
+        unit = torch.ones((), device=first.device) if scale is None else scale.detach()
+        on_features = self.on == "features"
+        found = _Gradients(unit, cut.features if on_features else cut.backbone)
+        # Backward passes run in the precision of their forward pass, whatever surrounds them.
+        with torch.autocast(first.device.type, enabled=False):
+            for task, loss in losses.items():
+                own = list(heads[task])
+                gradients = torch.autograd.grad(loss, [*cut.leaves, *own], unit.to(loss), allow_unused=True)
+                found.shared[task], found.heads[task] = gradients[: len(cut.leaves)], gradients[len(cut.leaves) :]
+            if not on_features:
+                for number, task in enumerate(losses):
+                    keep = number < len(losses) - 1
+                    found.shared[task] = _through_backbone(cut, found.shared[task], keep_graph=keep)
+        return found
+
+    def _deliver(
+        self,
+        losses: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        found: _Gradients,
+        heads: Mapping[str, Sequence[Tensor]],
+    ) -> Tensor:
+        """Return the weighted sum, whose backward pass starts at the features and at the heads' parameters."""
+        into: list[Tensor] = list(found.meets)
+        gradients = [
+            _combine([(weights[task], found.shared[task][place]) for task in losses]) for place in range(len(into))
+        ]
+        for task in losses:
+            factor = 1.0 if self.own_heads else weights[task]
+            into += heads[task]
+            gradients += [None if g is None else g * factor for g in found.heads[task]]
+        if _world_size() > 1:
+            # What no loss of this rank reaches, another's may: all ranks deliver to the same parameters.
+            gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(into, gradients, strict=True)]
+        value = torch.stack([loss.detach() * weights[task] for task, loss in losses.items()]).sum()
+        total: Tensor = _Delivery.apply(value, found.scale, gradients, *into)
+        return total
+
+
+class _Delivery(torch.autograd.Function):
+    """A scalar whose backward pass gives tensors gradients that are known beforehand.
+
+    Precision plugins, accumulation and DDP then see the one backward pass that they expect.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: Tensor, gradients: list[Tensor | None], *into: Tensor) -> Tensor:
+        ctx.scale, ctx.gradients = scale, gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor = gradient / ctx.scale.to(gradient)
+        delivered = [None if g is None else g * factor.to(g) for g in ctx.gradients]
+        del ctx.gradients
+        return None, None, None, *delivered
+
+
+def means_on_host(*values: Tensor) -> list[Tensor]:
+    """Return tensors, averaged over ranks, on the host in double precision, with one transfer for all of them.
+
+    Args:
+        values: Of any shapes; the first is on the device.
+    """
+    device = values[0].device
+    packed = torch.cat([value.to(device, most_precise(device)).flatten() for value in values])
+    if _world_size() > 1:
+        torch.distributed.all_reduce(packed)
+        packed /= _world_size()
+    parts = torch.split(packed.cpu().double(), [value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+
+def _through_backbone(cut: Cut, of_features: Sequence[Tensor | None], *, keep_graph: bool) -> Sequence[Tensor | None]:
+    """Return the gradients of the backbone's parameters that belong to gradients of its features, mean over ranks."""
+    reached = [(f, g) for f, g in zip(cut.features, of_features, strict=True) if g is not None]
+    gradients = torch.autograd.grad(
+        [feature for feature, _ in reached],
+        cut.backbone,
+        [gradient for _, gradient in reached],
+        retain_graph=keep_graph,
+        allow_unused=True,
+    )
+    if _world_size() == 1:
+        return gradients
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(cut.backbone, gradients, strict=True)]
+    for gradient in filled:
+        torch.distributed.all_reduce(gradient)
+        gradient /= _world_size()
+    return filled
+
+
+def _combine(weighted: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
+    """Return the weighted sum of gradients of one tensor."""
+    total = None
+    for weight, gradient in weighted:
+        if gradient is not None:
+            total = gradient * weight if total is None else total.add_(gradient, alpha=weight)
+    return total
+
+
+def gram_matrix(gradients: Sequence[Sequence[Tensor | None]], of: Sequence[Tensor]) -> Tensor:
+    """Return the inner products (T, T) of T tasks' gradients, summed over all elements of all tensors.
+
+    Args:
+        gradients: For each task its gradient of each tensor, or None for zero.
+        of: The tensors.
+    """
+    matrix = torch.zeros(len(gradients), len(gradients), device=of[0].device)
+    for place, tensor in enumerate(of):
+        flat = [None if g[place] is None else _flat(g[place], tensor) for g in gradients]
+        for i, first in enumerate(flat):
+            for j, second in enumerate(flat[: i + 1]):
+                if first is not None and second is not None:
+                    matrix[i, j] += torch.dot(first, second)
+    return matrix.tril() + matrix.tril(-1).T
+
+
+def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient as a vector of floats, in its tensor's order in memory, so that most need no copy."""
+    assert gradient is not None
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        gradient = gradient.permute(0, 2, 3, 1)
+    return gradient.reshape(-1).float()
+
+
+def meeting(names: Sequence[str], gram: Tensor, weights: Sequence[float]) -> dict[str, float]:
+    """Return how gradients meet: each task's share of the weighted gradients' norm, and the cosine of each pair.
+
+    Args:
+        names: The tasks.
+        gram: Inner products (T, T) of their gradients.
+        weights: Their weights.
+    """
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    weighted = norms * torch.tensor(weights, dtype=norms.dtype).abs()
+    shares = weighted / weighted.sum()
+    cosines = gram / torch.outer(norms, norms)
+    found = {f"train/gradient_share/{name}": float(share) for name, share in zip(names, shares, strict=True)}
+    for i, first in enumerate(names):
+        found |= {f"train/cosine/{first}-{second}": float(cosines[i, j]) for j, second in enumerate(names) if j > i}
+    return found
+
+
+def _terms(names: Sequence[str], losses: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
+    terms = {"train/loss": sum(weights[name] * losses[name] for name in names)}
+    terms |= {f"train/loss/{name}": losses[name] for name in names}
+    return terms | {f"train/weight/{name}": weights[name] for name in names}
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

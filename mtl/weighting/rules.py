@@ -1,0 +1,56 @@
+"""The rules by the names of ``--weighting``, and how one is made of its options."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from mtl import registry
+from mtl.errors import UserError, nearest
+from mtl.weighting.base import Weighting
+from mtl.weighting.equal import Equal
+from mtl.weighting.fixed import Fixed
+
+RULES: dict[str, type[Weighting]] = {
+    "fixed": Fixed,
+    "equal": Equal,
+}
+assert tuple(RULES) == registry.WEIGHTINGS
+
+
+def make_rule(name: str, tasks: Mapping[str, str], options: Mapping[str, Any], seed: int = 0) -> Weighting:
+    """Return a rule.
+
+    Args:
+        name: The rule's name.
+        tasks: Each task's likelihood by its name.
+        options: The rule's own options by name.
+        seed: Decides a randomised rule's draws.
+
+    Raises:
+        UserError: The rule has no such option, or does not allow its value.
+    """
+    kind = RULES.get(name) or registry.weightings[name]
+    rule = kind(tasks, **{option: _value(name, kind, option, value) for option, value in options.items()})
+    rule.seed = seed
+    return rule
+
+
+def options_of(kind: type[Weighting]) -> dict[str, inspect.Parameter]:
+    """Return a rule's own options: what its constructor takes beside the tasks."""
+    return dict(list(inspect.signature(kind).parameters.items())[1:])
+
+
+def _value(name: str, kind: type[Weighting], option: str, value: Any) -> Any:
+    """Return an option's value in the type that the rule wants."""
+    options = options_of(kind)
+    if option not in options:
+        there = f"it has {', '.join(options)}" if options else "it has none"
+        raise UserError(f"--weighting-options: the rule {name!r} has no {option!r}{nearest(option, options)}; {there}")
+    wanted = get_type_hints(kind.__init__).get(option, Any)
+    try:
+        return TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        should = error.errors(include_url=False)[0]["msg"].removeprefix("Input should be ")
+        raise UserError(f"--weighting-options {option}={value} of the rule {name!r} should be {should}") from None
