@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mtl.errors import UserError
 from mtl.weighting.base import Step, Weighting
 
 PRECISION = torch.finfo(torch.float32).eps
@@ -39,7 +40,25 @@ def lifted(cosines: Tensor) -> Tensor:
     duplicated gradients is its limit, and is bounded.
     """
     least = torch.linalg.eigvalsh(cosines)[0]
-    return cosines + (PRECISION - least).clamp_min(0) * torch.eye(len(cosines), dtype=cosines.dtype)
+    lift: Tensor = (PRECISION - least).clamp_min(0) * torch.eye(len(cosines), dtype=cosines.dtype)
+    return cosines + lift
+
+
+def option(name: str, value: float, least: float, most: float) -> float:
+    """Return the value of one of a rule's options.
+
+    Raises:
+        UserError: It is no number from ``least`` to ``most``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise UserError(f"--weighting-options {name}={value}: must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def without_zeros(step: Step) -> Step:
+    """Return what there is to see of the tasks whose gradient is not zero."""
+    moving = step.gram.diagonal() > 0
+    return Step(step.losses[moving], step.present[moving], step.gram[moving][:, moving])
 
 
 class GradientWeighting(Weighting):
@@ -57,7 +76,7 @@ class GradientWeighting(Weighting):
         moving = step.gram.diagonal() > 0
         if not moving.any():
             return torch.ones_like(step.losses)
-        solved = self.solve(Step(step.losses[moving], step.present[moving], step.gram[moving][:, moving]))
+        solved = self.solve(without_zeros(step))
         weights = solved.mean().repeat(len(moving))
         weights[moving] = solved
         return weights

@@ -60,10 +60,7 @@ def named(count: int) -> Mapping[str, str]:
 
 
 def check(rule: Callable[[Mapping[str, str]], Weighting], case: Case) -> Tensor:
-    """Assert that a rule's weights can be used twice in a row, and return the second.
-
-    Finite, one of them positive, and the step itself no longer than weights of this size can make it.
-    """
+    """Assert that a rule's weights are finite and one of them positive, twice in a row, and return the second."""
     step = case.step
     weighting = rule(named(len(step.losses)))
     for _ in range(2):
