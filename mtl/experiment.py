@@ -268,7 +268,7 @@ def _check_resumable(experiment: Experiment, path: Path) -> dict[str, Any]:
     require(checkpoint, path, "optimizer_states", *(["ema"] if experiment.ema is not None else []))
     if not checkpoint["optimizer_states"]:
         raise UserError(f"{path} holds no state of the optimizer, and cannot be gone on from; start anew with --init")
-    for name in ("task", "backbone", "decoder", "decoder_channels", "lora", "ema"):
+    for name in ("task", "weighting", "backbone", "decoder", "decoder_channels", "lora", "ema"):
         if getattr(stored, name) != getattr(experiment, name):
             raise UserError(
                 f"{path} was made with {name} {getattr(stored, name)}, and config.yaml beside it says "
