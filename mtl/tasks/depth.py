@@ -298,9 +298,10 @@ def gradient_loss(prediction: Tensor, target: Tensor, valid: Tensor, scales: int
     for step in (2**k for k in range(scales)):
         coarse, known = error[..., ::step, ::step], valid[..., ::step, ::step]
         for axis in (-1, -2):
-            pair = known.narrow(axis, 1, known.shape[axis] - 1) & known.narrow(axis, 0, known.shape[axis] - 1)
-            totals.append((coarse.diff(dim=axis).abs() * pair).sum())
-            counts.append(pair.sum(dtype=error.dtype))
+            both = known.narrow(axis, 1, known.shape[axis] - 1) & known.narrow(axis, 0, known.shape[axis] - 1)
+            pairs = both.to(error.dtype)
+            totals.append((coarse.diff(dim=axis).abs() * pairs).sum())
+            counts.append(pairs.sum())
     return pooled_mean(torch.stack(totals), torch.stack(counts)).sum()
 
 
