@@ -13,6 +13,9 @@ from mtl.weighting.base import Step
 from mtl.weighting.dualproj import least_change
 from mtl.weighting.gram import GradientWeighting, cosines, lifted, norms, option
 
+_ROUNDING = 1e-13
+"""A radius below this share of the longest gradient is lost in the sums it takes to find d: there is none."""
+
 
 class CAGrad(GradientWeighting):
     """Of all d with ||d - g_0|| <= c ||g_0||, where g_0 is the mean gradient, the one with the largest min <g_t, d>.
@@ -51,8 +54,10 @@ class CAGrad(GradientWeighting):
         length = norms(step.gram)
         mean = length / len(length)
         radius = self.c * math.sqrt(max(float(mean @ between @ mean), 0))
-        change = _best_change(lifted(between).numpy(), length.numpy(), radius) if radius else torch.zeros_like(length)
-        return (1 / len(length) + change / length) / self.divisor
+        weights = torch.full_like(length, 1 / len(length))
+        if radius > _ROUNDING * length.max():
+            weights += _best_change(lifted(between).numpy(), length.numpy(), radius) / length
+        return weights / self.divisor
 
 
 def _best_change(products: np.ndarray, length: np.ndarray, radius: float) -> Tensor:
@@ -64,15 +69,17 @@ def _best_change(products: np.ndarray, length: np.ndarray, radius: float) -> Ten
         radius: How far d is from g_0, positive.
     """
     slopes = products @ length / len(length)
-    # As good as this without a change; and a change straight along a gradient makes d no better for it than that.
+    # As good as `low` without a change; straight along a gradient, a change makes d no better for it than `high`.
     low, high = (length * slopes).min(), (length * (slopes + radius * np.sqrt(products.diagonal()))).min()
 
     def change(share: float) -> np.ndarray:
-        return least_change(products, (low + share * (high - low)) / length - slopes)
+        wanted = (low + share * (high - low)) / length - slopes
+        # No change as short as the radius costs a task more than that, and huge numbers would swamp the others.
+        return least_change(products, wanted.clip(min=-2 * radius))
 
     def excess(share: float) -> float:
         weights = change(share)
         return math.sqrt(weights @ products @ weights) - radius
 
-    # To a little more than 1, for where the root is 1 but for rounding.
-    return torch.from_numpy(change(brentq(excess, 0, 1 + 1e-9, xtol=1e-15)))
+    # Beyond 1, as the root may be 1 but for rounding.
+    return torch.from_numpy(change(brentq(excess, 0, 2, xtol=1e-15)))

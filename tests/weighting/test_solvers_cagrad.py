@@ -70,8 +70,8 @@ def test_two_tasks_by_a_search_along_one_line(drawn: Tensor, c: float) -> None:
 
 
 def test_by_hand() -> None:
-    # At right angles and equally long: straight on, 1.4 times the mean. Where one is four times as long, the other gains
-    # least, even if all of the radius goes its way: d = (2, 1/2) + 0.4 |(2, 1/2)| (0, 1), and 4 * 2 > 1.32.
+    # At right angles and equally long: straight on, 1.4 times the mean. Where one is four times as long, the other
+    # gains least even if all of the radius goes its way: d = (2, 1/2) + 0.4 |(2, 1/2)| (0, 1), and 4 * 2 > 1.32.
     torch.testing.assert_close(weights_of(CAGrad, rows([1, 0], [0, 1])), torch.tensor([0.7, 0.7]).double())
     expected = torch.tensor([0.5, 0.5 + 0.4 * 4.25**0.5]).double()
     torch.testing.assert_close(weights_of(CAGrad, rows([4, 0], [0, 1])), expected)
@@ -117,6 +117,15 @@ def test_degenerate_gradients(case: Case) -> None:
     if len(moving) == len(case.gradients):
         mean = moving.mean(dim=0)
         assert (weights @ moving - mean).norm() <= 0.4 * mean.norm() * (1 + 1e-6) + 1e-12 * moving.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("c", [0, 1e-15, 1e-6, 0.4, 10])
+def test_lengths_that_differ_beyond_double_precision(c: float) -> None:
+    drawn = rows([1e8, 1e7, 0], [-1e-8, 1e-9, 0], [1, 0, 1], [-1e8, 0, 1e6])
+    weights = weights_of(CAGrad, drawn, c=c)
+    mean = drawn.mean(dim=0)
+    assert weights.isfinite().all() and (weights >= 0.25).all()
+    assert (weights @ drawn - mean).norm() <= c * mean.norm() * (1 + 1e-6) + 1e-12 * mean.norm()
 
 
 def test_duplicates_share_and_agreement_hastens() -> None:

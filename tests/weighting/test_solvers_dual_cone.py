@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtl.weighting.base import Weighting
 from mtl.weighting.dualproj import DualProj, least_change
-from mtl.weighting.gram import PRECISION
+from mtl.weighting.gram import PRECISION, cosines, lifted
 from mtl.weighting.upgrad import UPGrad
 
 BOTH = pytest.mark.parametrize("rule", [UPGrad, DualProj])
@@ -126,6 +126,26 @@ def test_degenerate_gradients(rule: type[Weighting], case: Case) -> None:
     assert (unit(case.gradients) @ update >= -1e-6 * reach.sum()).all()
     if "opposite" in case.name or "balanced" in case.name:
         assert update.norm() <= 1e-6 * reach.sum()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 10), st.integers(1, 10), st.floats(-10, 0))
+def test_the_least_change_of_nearly_parallel_and_opposite_vectors(
+    seed: int, tasks: int, size: int, close: float
+) -> None:
+    source = np.random.default_rng(seed)
+    signs = source.choice([-1, 1], (tasks, 1))
+    drawn = torch.from_numpy(signs * np.ones(size) + 10**close * source.normal(size=(tasks, size)))
+    products = lifted(cosines(drawn @ drawn.T)).numpy()
+    # Of signs that go with the vectors', or against them, or 0 but for rounding.
+    wanted = source.choice([signs[:, 0] * source.random(), source.normal(size=tasks)])
+    wanted[source.random(tasks) < 0.3] = 1e-17
+    change = least_change(products, wanted)
+    slack = products @ change - wanted
+    size_of_sums = change.sum() + np.abs(wanted).max()
+    assert (change >= 0).all()
+    assert (slack >= -1e-11 * size_of_sums).all()
+    assert (np.minimum(change, slack) <= 1e-11 * size_of_sums).all()
 
 
 def test_the_least_change_that_is_wanted() -> None:
