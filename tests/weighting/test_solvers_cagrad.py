@@ -128,6 +128,13 @@ def test_lengths_that_differ_beyond_double_precision(c: float) -> None:
     assert (weights @ drawn - mean).norm() <= c * mean.norm() * (1 + 1e-6) + 1e-12 * mean.norm()
 
 
+def test_six_against_four() -> None:
+    # The four gain least, and what the ball allows is to go less far against them.
+    drawn = torch.tensor([1, 1, 1, -1, -1, 1, 1, 1, 1, -1], dtype=torch.float64)[:, None] * rows([5] * 8)
+    update = weights_of(CAGrad, drawn, c=0.1) @ drawn
+    torch.testing.assert_close(update, 0.9 * drawn.mean(dim=0), rtol=1e-6, atol=0)
+
+
 def test_duplicates_share_and_agreement_hastens() -> None:
     torch.testing.assert_close(weights_of(CAGrad, rows([1, 2], [1, 2])), torch.tensor([0.7, 0.7]).double())
     # Parallel gradients: along them, as far as the ball goes.

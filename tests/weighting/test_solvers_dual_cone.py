@@ -153,3 +153,10 @@ def test_the_least_change_that_is_wanted() -> None:
     assert least_change(np.eye(3), np.array([1.0, -1.0, 0.0])).tolist() == [1, 0, 0]
     np.testing.assert_allclose(least_change(np.array([[1, 0.5], [0.5, 1]]), np.array([1.0, 0.5])), [1, 0], atol=1e-15)
     assert least_change(np.eye(2), np.zeros(2)).tolist() == [0, 0]
+
+
+def test_nothing_wanted_changes_nothing() -> None:
+    # On nearly opposite vectors, where scipy's nnls gives weights of 1e7.
+    signs = np.array([1.0, 1, -1, -1, -1, -1])
+    products = np.outer(signs, signs) + 1e-7 * np.eye(6)
+    assert least_change(products, np.array([-1.0, -1, 0, 0, 0, 0])).tolist() == [0] * 6
