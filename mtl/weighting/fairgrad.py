@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from mtl.weighting.base import Step
 from mtl.weighting.gram import GradientWeighting, cosines, lifted, norms, option
 
 _ITERATIONS = 200
-"""Bound on Newton's steps; random and degenerate matrices take at most 60."""
+"""Bound on Newton's steps. Ten are usual; with ``alpha`` 10 and norm ratios of 1e8, a hundred."""
 
 
 class FairGrad(GradientWeighting):
@@ -41,36 +42,38 @@ class FairGrad(GradientWeighting):
         power = 1 / self.alpha
         length = norms(step.gram)
         longest = length.max()
-        shares = fair_shares(lifted(cosines(step.gram)), (length / longest) ** (power - 1), power)
-        return shares / length * longest ** ((power - 1) / (power + 1))
+        demand = (length / longest) ** (power - 1)
+        shares = fair_shares(lifted(cosines(step.gram)).numpy(), demand.numpy(), power)
+        return torch.from_numpy(shares) / length * longest ** ((power - 1) / (power + 1))
 
 
-def fair_shares(matrix: Tensor, demand: Tensor, power: float) -> Tensor:
+def fair_shares(matrix: np.ndarray, demand: np.ndarray, power: float) -> np.ndarray:
     """Return x > 0 (T,) with matrix x = demand x^-power, by Newton's method.
 
     It is the minimum of the strictly convex x' matrix x / 2 - sum_t demand_t x_t^(1 - power) / (1 - power), a
-    logarithm where power is 1. Steps are damped until the slope along them has fallen by half or turned a little.
+    logarithm where power is 1. Steps are damped until they no longer end where the slope is half as steep, upwards.
 
     Args:
         matrix: (T, T), positive definite, with a diagonal of about 1.
         demand: (T,), positive.
         power: Positive.
     """
-    x = demand ** (1 / (1 + power))  # the solution for orthogonal gradients, scaled to the minimum on its ray
+    # The solution for orthogonal gradients, and the minimum on its ray.
+    x: np.ndarray = demand ** (1 / (1 + power))
     x = x * ((demand * x ** (1 - power)).sum() / (x @ matrix @ x)) ** (1 / (1 + power))
     for _ in range(_ITERATIONS):
         pull = demand * x**-power
         slope = x * (matrix @ x - pull)  # with respect to relative changes of x, as all that follows
-        hessian = x[:, None] * matrix * x + torch.diag(power * x * pull)
-        unit = hessian.diagonal().rsqrt()
-        move = -unit * torch.linalg.solve(unit[:, None] * hessian * unit, unit * slope)
-        damping = min(1.0, 0.9 / max(-float(move.min()), 0.9))
+        hessian = x[:, None] * matrix * x + np.diag(power * x * pull)
+        unit = hessian.diagonal() ** -0.5
+        move = -unit * np.linalg.solve(unit[:, None] * hessian * unit, unit * slope)
+        damping = min(1.0, 0.9 / max(-move.min(), 0.9))
         while damping > 1e-9:
             there = x * (1 + damping * move)
             if (x * move) @ (matrix @ there - demand * there**-power) <= -0.5 * (slope @ move):
                 break
             damping /= 2
         x = x * (1 + damping * move)
-        if move.abs().max() < 1e-9:
+        if np.abs(damping * move).max() < 1e-9:
             break
     return x

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,19 +44,18 @@ class GradVac(GradientWeighting):
 
     def solve(self, step: Step) -> Tensor:
         """Return the weights (T,), and move the goals."""
-        count = len(step.gram)
-        generator = self.generator()
-        between, length = cosines(step.gram), norms(step.gram)
-        multiples = torch.diag(length)  # row i: of which multiples of the unit gradients the i-th is made
+        between, length = cosines(step.gram).numpy(), norms(step.gram).numpy()
+        goals, present, generator = self.goals.numpy(), step.present.tolist(), self.generator()
+        multiples = np.diag(length).copy()  # row i: of which multiples of the unit gradients the i-th is made
         for row, own in enumerate(multiples):
-            for other in torch.randperm(count, generator=generator):
-                size = (own @ between @ own).clamp_min(0).sqrt()
+            for other in torch.randperm(len(length), generator=generator).tolist():
+                size = max(own @ between @ own, 0) ** 0.5
                 if other == row or size <= PRECISION * length[row]:
                     continue  # nothing is left of it that could be turned
-                place = step.present[row], step.present[other]
-                cosine = (own @ between[other] / size).clamp(-1, 1)
-                goal = self.goals[place].clamp(PRECISION - 1, 1 - PRECISION)
+                pair = present[row], present[other]
+                cosine = np.clip(own @ between[other] / size, -1, 1)
+                goal = np.clip(goals[pair], PRECISION - 1, 1 - PRECISION)
                 if cosine < goal:
-                    own[other] += size * (goal * (1 - cosine**2).sqrt() / (1 - goal**2).sqrt() - cosine)
-                self.goals[place] = (1 - self.beta) * self.goals[place] + self.beta * cosine
-        return multiples.sum(0) / length
+                    own[other] += size * (goal * ((1 - cosine**2) / (1 - goal**2)) ** 0.5 - cosine)
+                goals[pair] = (1 - self.beta) * goals[pair] + self.beta * cosine
+        return torch.from_numpy(multiples.sum(0) / length)

@@ -65,8 +65,8 @@ class GradientWeighting(Weighting):
     """A rule that is shown the Gram matrix, and solved for the tasks whose gradient is not zero.
 
     A gradient of exactly zero (such as that of a head whose last layer starts at zero) changes no direction, whatever
-    its weight, and says nothing of the others: it is left out of `solve`, and the task gets the mean of the other
-    tasks' weights, so that its head learns on. If all gradients are zero, all weights are 1.
+    its weight, and says nothing of the others: it is left out of `solve`, and the task gets the mean size of the
+    other tasks' weights, so that its head learns on. If all gradients are zero, all weights are 1.
     """
 
     needs_gram: ClassVar[bool] = True
@@ -77,7 +77,7 @@ class GradientWeighting(Weighting):
         if not moving.any():
             return torch.ones_like(step.losses)
         solved = self.solve(without_zeros(step))
-        weights = solved.mean().repeat(len(moving))
+        weights = solved.abs().mean().repeat(len(moving))
         weights[moving] = solved
         return weights
 

@@ -1,5 +1,6 @@
 """Each gradient without what opposes another."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,11 @@ class PCGrad(GradientWeighting):
 
     def solve(self, step: Step) -> Tensor:
         """Return the weights (T,)."""
-        count = len(step.gram)
-        generator = self.generator()
-        weights = torch.eye(count, dtype=torch.float64)  # row i: of which gradients the i-th is made
+        gram, generator = step.gram.numpy(), self.generator()
+        weights = np.eye(len(gram))  # row i: of which gradients the i-th is made
         for row, own in enumerate(weights):
-            for other in torch.randperm(count, generator=generator):
-                product = own @ step.gram[other]
+            for other in torch.randperm(len(gram), generator=generator).tolist():
+                product = own @ gram[other]
                 if other != row and product < 0:
-                    own[other] -= product / step.gram[other, other]
-        return weights.sum(0)
+                    own[other] -= product / gram[other, other]
+        return torch.from_numpy(weights.sum(0))
