@@ -1,18 +1,25 @@
 """``python -m mtl study``: measurements over many models or trainings."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from mtl import registry
+from mtl.cli.jobs import Trainings, check_different, check_outcomes, read_study, results_folder, run_jobs
 from mtl.cli.surroundings import surroundings
 from mtl.cli.words import check_output
-from mtl.config import DECODERS
+from mtl.config import DECODERS, Experiment
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.flags import parse
+
+if TYPE_CHECKING:
+    from mtl.build import Surroundings
+    from mtl.studies.comparison import Comparison, Entry, Held
 
 
 @dataclasses.dataclass
@@ -50,8 +57,105 @@ def _backbones(words: list[str], program: str) -> None:
         print(f"written to {flags.output}")
 
 
+QUICK: dict[str, Any] = {
+    "max_steps": 150,
+    "validate_every": 150,
+    "batch_size": 16,
+    "logger": "csv",
+    "data": {"size": (64, 96)},
+}
+"""What --quick makes of the trainings of several tasks."""
+
+
+@dataclasses.dataclass
+class _Tasks(Trainings):
+    rules: Annotated[
+        list[str], tyro.conf.arg(help="Weighting rules (none given: eleven of them, with --quick eight).")
+    ] = dataclasses.field(default_factory=list)
+
+
+def _tasks(words: list[str], program: str) -> None:
+    """Train each task alone, and all together under several rules."""
+    flags, experiment = read_study(_Tasks, QUICK, words, program, STUDIES["tasks"][1])
+    names = registry.weightings.names
+    for rule in flags.rules:
+        if rule not in names:
+            raise UserError(
+                f"--rules {rule!r} is no weighting rule{nearest(rule, names)}; there are {', '.join(names)}"
+            )
+    check_different("--rules", flags.rules)
+    if len(experiment.task) < 2:
+        raise UserError(f"--task {experiment.task[0]}: this study compares tasks alone and together; name several")
+    if experiment.weighting != "fixed":
+        raise UserError(f"--weighting {experiment.weighting}: this study tries several rules; name them by --rules")
+    here = surroundings()
+    from mtl.studies.tasks import QUICK_RULES, RULES, plan, report
+
+    rules = flags.rules or (QUICK_RULES if flags.quick else RULES)
+    _compare("tasks", flags, experiment, here, lambda held: plan(experiment, rules, flags.seeds, held), report)
+
+
+@dataclasses.dataclass
+class _LossWeights(Trainings):
+    ratios: Annotated[list[float], tyro.conf.arg(help="Of the first task's weight to the second's.")] = (
+        dataclasses.field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0])
+    )
+
+
+def _loss_weights(words: list[str], program: str) -> None:
+    """Sweep the ratio of two tasks' weights."""
+    flags, experiment = read_study(_LossWeights, QUICK, words, program, STUDIES["loss-weights"][1])
+    if not flags.ratios:
+        raise UserError("--ratios names none; give some, such as --ratios 0.1 1 10")
+    for ratio in flags.ratios:
+        if not 0 < ratio < math.inf:
+            raise UserError(f"--ratios {ratio:g} must be positive and finite")
+    check_different("--ratios", flags.ratios)
+    if len(experiment.task) != 2:
+        raise UserError(f"--task {' '.join(experiment.task)}: this study weighs two tasks against each other; name two")
+    if experiment.weighting != "fixed" or experiment.loss_weights:
+        raise UserError("--weighting and --loss-weights: this study chooses the weights, by --ratios; leave them out")
+    here = surroundings()
+    from mtl.studies.loss_weights import plan, report
+
+    _compare(
+        "loss-weights",
+        flags,
+        experiment,
+        here,
+        lambda held: plan(experiment, flags.ratios, flags.seeds, held),
+        lambda comparison, folder: report(comparison, flags.ratios, folder),
+    )
+
+
+def _compare(
+    name: str,
+    flags: Trainings,
+    experiment: Experiment,
+    here: "Surroundings",
+    plan: "Callable[[Held], list[Entry]]",
+    report: "Callable[[Comparison, Path], str]",
+) -> None:
+    """Run the trainings of a study of several tasks, and write its table and its picture.
+
+    Raises:
+        UserError: The experiment cannot be trained, or some trainings failed, which the table marks.
+    """
+    folder = results_folder(experiment, name)
+    from mtl.studies.comparison import Comparison, jobs_of, measures_of, prepare
+
+    tasks, held = prepare(experiment, here)
+    entries = plan(held)
+    outcomes = run_jobs(jobs_of(entries), experiment, flags.jobs)
+    print("\n" + report(Comparison(entries, outcomes, measures_of(tasks), held), folder))
+    print(f"written to {folder}: table.md  table.csv  picture.png")
+    check_outcomes(outcomes)
+
+
 STUDIES: dict[str, tuple[Callable[[list[str], str], None], str]] = {
     "backbones": (_backbones, "Try which timm backbones train with which decoders, and why the others do not."),
+    "tasks": (_tasks, "Train each task alone and all together, under several weighting rules, and compare."),
+    "loss-weights": (_loss_weights, "Sweep the ratio of two tasks' loss weights, and draw the trade-off."),
 }
 """Each study's function and what it does."""
 
@@ -61,7 +165,7 @@ def run(words: list[str], program: str, description: str) -> None:
     name, *rest = words or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: {program} {{{','.join(STUDIES)}}} [-h] [OPTIONS]\n\n{description}\n")
-        print("\n".join(f"  {name:10} {what}" for name, (_, what) in STUDIES.items()))
+        print("\n".join(f"  {name:12} {what}" for name, (_, what) in STUDIES.items()))
     elif name not in STUDIES:
         raise UserError(f"{name!r} is no study{nearest(name, STUDIES)}; there are {', '.join(STUDIES)}")
     else:
