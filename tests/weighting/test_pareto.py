@@ -12,13 +12,17 @@ from torch import Tensor
 
 from mtl.weighting.aligned_mtl import AlignedMTL
 from mtl.weighting.base import Step, Weighting
+from mtl.weighting.cagrad import CAGrad
 from mtl.weighting.conflict_free import ConFIG
 from mtl.weighting.db_mtl import DBMTL
+from mtl.weighting.dualproj import DualProj
 from mtl.weighting.fairgrad import FairGrad
 from mtl.weighting.gradvac import GradVac
 from mtl.weighting.imtl_g import IMTLG
 from mtl.weighting.mgda import MGDA
+from mtl.weighting.nash_mtl import NashMTL
 from mtl.weighting.pcgrad import PCGrad
+from mtl.weighting.upgrad import UPGrad
 
 
 class Promise(NamedTuple):
@@ -38,6 +42,10 @@ RULES = [
     *(Promise(f"fairgrad {a:g}", partial(FairGrad, alpha=a)) for a in (0.5, 1.0, 2.0)),
     Promise("config", ConFIG, (2,)),
     Promise("db-mtl", DBMTL),
+    *(Promise(f"cagrad {c:g}", partial(CAGrad, c=c)) for c in (0.4, 0.9)),
+    Promise("nash-mtl", NashMTL),
+    Promise("upgrad", UPGrad),
+    Promise("dualproj", DualProj),
 ]
 
 OPTIMA = torch.tensor([[1.0, 0, 0, 0, 0], [-1, 0.5, 0, 1, 0], [0, -1, 1, 0, 0.5]], dtype=torch.float64)
