@@ -153,29 +153,55 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, metadata
 
 
-def save_backbone(backbone: Backbone, path: Path, provenance: Mapping[str, Any]) -> None:
-    """Write a backbone's weights in 16 bits under timm's own names, with its normalisation and where it came from.
+def save_backbone(
+    backbone: Backbone, path: Path, provenance: Mapping[str, Any], others: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a whole timm model in 16 bits under timm's own names, with its normalisation and where it came from.
 
-    Adapters are merged into the weights that they are beside.
+    ``timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": path})`` takes nothing less; a model
+    built for one size is to be told that of the backbone, as the file's metadata say ("arguments"), where timm cannot
+    resample its positions. What the encoder lacks, such as a classifier, is as timm initialises it, the same in every
+    file. Adapters are merged into the weights that they are beside.
 
     Args:
         backbone: The backbone.
         path: A file ending in .safetensors.
         provenance: What made it, as JSON can hold it.
+        others: Tensors that the encoder lacks and that were trained all the same, such as the final norm of a plain
+            vision transformer, by timm's names.
+
+    Raises:
+        UserError: timm's own model has no place for a tensor.
     """
     merged = merged_state(backbone)
     names = timm_names(backbone, merged)
+    trained = {**{names[own]: tensor for own, tensor in merged.items()}, **(others or {})}
+    whole = _initial_state(backbone)
+    if misfits := [n for n, tensor in trained.items() if n not in whole or tensor.shape != whole[n].shape]:
+        raise UserError(
+            f"{path} cannot be written: timm's own {backbone.name} has no tensors {_some(misfits)} of these shapes; "
+            "save another backbone"
+        )
     state = {
-        names[own]: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for own, value in merged.items()
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in {**whole, **trained}.items()
     }
     about = {
         "backbone": backbone.name,
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
+        "arguments": backbone.size_arguments,
         "provenance": dict(provenance),
     }
     write_whole(path, save(state, metadata={"mtl": json.dumps(about)}))
+
+
+def _initial_state(backbone: Backbone) -> dict[str, Tensor]:
+    """Return the state of timm's whole model for this backbone's size, initialised the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = timm.create_model(backbone.name, pretrained=False, **backbone.size_arguments)
+    return dict(model.state_dict())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
