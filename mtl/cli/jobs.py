@@ -19,9 +19,6 @@ from mtl.flags import Configured, parse, train_flags, values_of, with_values
 if TYPE_CHECKING:
     from mtl.studies.jobs import Job, Outcome, Progress
 
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
-"""The seeds that a study tries unless others are named."""
-
 
 @dataclasses.dataclass
 class Trainings(Configured):
@@ -32,8 +29,8 @@ class Trainings(Configured):
         tyro.conf.FlagCreatePairsOff,
         tyro.conf.arg(help="Small pictures and few steps: under 40 minutes on two cores; other flags override it."),
     ] = False
-    seeds: Annotated[list[int], tyro.conf.arg(help="The seeds (none given: 0 1 2; with --quick 0 1).")] = (
-        dataclasses.field(default_factory=list)
+    seeds: Annotated[list[int], tyro.conf.arg(help="The seeds, each of which is a training of its own.")] = (
+        dataclasses.field(default_factory=lambda: [0, 1, 2])
     )
     jobs: Annotated[
         int | None, tyro.conf.arg(help="Trainings at a time (none: one for each GPU, else for each two cores).")
@@ -43,7 +40,7 @@ class Trainings(Configured):
 def read_study(
     kind: type[Trainings], quick: Mapping[str, Any], words: list[str], program: str, description: str
 ) -> tuple[Any, Experiment]:
-    """Return a study's own flags, its seeds filled in, and the experiment that it varies.
+    """Return a study's own flags, and the experiment that it varies.
 
     Args:
         kind: The study's flags.
@@ -65,7 +62,8 @@ def read_study(
     given["augmentation"]["loader"] = base.augmentation.loader
     plugins = [str(path) for path in registry.plugins.values()]
     experiment = validate(given | {"needs_plugins": plugins, "more_data": base.more_data})
-    own.seeds = own.seeds or list(QUICK_SEEDS if own.quick else SEEDS)
+    if not own.seeds:
+        raise UserError("--seeds names none; give some, such as --seeds 0 1 2")
     check_different("--seeds", own.seeds)
     if min(own.seeds) < 0:
         raise UserError(f"--seeds {min(own.seeds)} must not be negative")

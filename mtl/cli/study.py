@@ -62,7 +62,7 @@ QUICK: dict[str, Any] = {
     "validate_every": 150,
     "batch_size": 16,
     "logger": "csv",
-    "data": {"size": (64, 96)},
+    "data": {"size": (96, 128)},
 }
 """What --quick makes of the trainings of several tasks."""
 

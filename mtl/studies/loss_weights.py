@@ -10,7 +10,10 @@ from mtl.config import Experiment
 from mtl.studies.comparison import Comparison, Entry, Held, single_tasks, with_seed
 from mtl.studies.figures import COLOUR, REFERENCE, save
 from mtl.studies.jobs import Job
-from mtl.studies.tables import Cell, Column
+from mtl.studies.tables import Cell, Column, Measure
+
+ALPHA, BETA = "α", "β"  # noqa: RUF001  # the letters of the lecture
+"""What the weights of the first and the second task's losses are called."""
 
 
 def weights_of(ratio: float) -> tuple[float, float]:
@@ -59,49 +62,58 @@ def pareto(points: Sequence[tuple[float, float] | None]) -> list[bool]:
 
 def report(comparison: Comparison, ratios: Sequence[float], folder: Path) -> str:
     """Write ``table.md``, ``table.csv`` and ``picture.png``, and return the table in Markdown."""
-    mains = [measure for measure in comparison.measures if measure.main]
-    signs = [1 if measure.higher_is_better else -1 for measure in mains]
-    single, *swept = comparison.entries
-    spreads = [[comparison.spread(entry, measure.name) for measure in mains] for entry in swept]
-    points = [
-        None if x is None or y is None else (signs[0] * x.mean, signs[1] * y.mean)  # higher is better
-        for x, y in spreads
-    ]
+    first, second = (measure for measure in comparison.measures if measure.main)
+    points = []
+    for entry in comparison.entries[1:]:
+        x, y = comparison.spread(entry, first.name), comparison.spread(entry, second.name)
+        signed = (_up(first, x.mean), _up(second, y.mean)) if x is not None and y is not None else None
+        points.append(signed)
     best = pareto(points)
     weights = [weights_of(ratio) for ratio in ratios]
     more: dict[Column, Sequence[Cell]] = {
-        Column("α"): ["", *(f"{alpha:.3g}" for alpha, _ in weights)],  # noqa: RUF001  # the lecture's letters
-        Column("β"): ["", *(f"{beta:.3g}" for _, beta in weights)],
+        Column(ALPHA): ["", *(f"{alpha:.3g}" for alpha, _ in weights)],
+        Column(BETA): ["", *(f"{beta:.3g}" for _, beta in weights)],
         Column("Pareto-optimal"): ["", *("yes" if is_best else "no" for is_best in best)],
     }
-    first, second = (measure.task for measure in mains)
-    text = comparison.write(folder, f"α:β ({first}:{second})", more)  # noqa: RUF001  # the lecture's letters
+    text = comparison.write(folder, f"{ALPHA}:{BETA} ({first.task}:{second.task})", more)
+    _draw(folder / "picture.png", comparison, first, second, best)
+    return text
 
+
+def _up(measure: Measure, value: float) -> float:
+    """Return a value so that higher is better."""
+    return value if measure.higher_is_better else -value
+
+
+def _draw(path: Path, comparison: Comparison, first: Measure, second: Measure, best: Sequence[bool]) -> None:
+    """Write both tasks' main metrics against each other, better to the right and upwards."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    there = [place for place, point in enumerate(points) if point is not None]
-    means = [[spread.mean for spread in spreads[place] if spread is not None] for place in there]
-    front = sorted((mean for mean, place in zip(means, there, strict=True) if best[place]), key=lambda mean: mean[0])
-    axes.plot(*zip(*front, strict=True), color=COLOUR, linewidth=1, label="trade-off front") if front else None
-    for place, (x, y) in zip(there, means, strict=True):
-        deviations = [0.0 if math.isnan(s.deviation) else s.deviation for s in spreads[place] if s is not None]
-        face = COLOUR if best[place] else "white"
-        axes.errorbar(
-            x, y, deviations[1], deviations[0], fmt="o", color=COLOUR, markerfacecolor=face, capsize=2, elinewidth=0.7
-        )
-        axes.annotate(swept[place].label, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    alone = [comparison.spread(single, measure.name) for measure in mains]
-    if alone[0] is not None:
-        axes.axvline(alone[0].mean, color=REFERENCE, linestyle="--", linewidth=1, label="each alone")
-    if alone[1] is not None:
-        axes.axhline(alone[1].mean, color=REFERENCE, linestyle="--", linewidth=1)
-    for invert, sign in zip((axes.invert_xaxis, axes.invert_yaxis), signs, strict=True):
-        if sign < 0:
-            invert()
-    axes.set(xlabel=f"{mains[0].name}, better to the right", ylabel=f"{mains[1].name}, better upwards")
-    axes.set_title(f"α:β of {first} and {second}; full: Pareto-optimal among these", fontsize=9)  # noqa: RUF001  # the lecture's letters
+    single, *swept = comparison.entries
+    front = []
+    for entry, is_best in zip(swept, best, strict=True):
+        x, y = comparison.spread(entry, first.name), comparison.spread(entry, second.name)
+        if x is None or y is None:
+            continue
+        up, across = (0.0 if math.isnan(spread.deviation) else spread.deviation for spread in (y, x))
+        face = COLOUR if is_best else "white"
+        style = {"fmt": "o", "color": COLOUR, "markerfacecolor": face, "capsize": 2, "elinewidth": 0.7}
+        axes.errorbar(x.mean, y.mean, up, across, **style)
+        axes.annotate(entry.label, (x.mean, y.mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        if is_best:
+            front.append((x.mean, y.mean))
+    if front:
+        axes.plot(*zip(*sorted(front), strict=True), color=COLOUR, linewidth=1, label="trade-off front")
+    for line, measure, title in ((axes.axvline, first, "each alone"), (axes.axhline, second, None)):
+        if (alone := comparison.spread(single, measure.name)) is not None:
+            line(alone.mean, color=REFERENCE, linestyle="--", linewidth=1, label=title)
+    if not first.higher_is_better:
+        axes.invert_xaxis()
+    if not second.higher_is_better:
+        axes.invert_yaxis()
+    axes.set(xlabel=f"{first.name}, better to the right", ylabel=f"{second.name}, better upwards")
+    axes.set_title(f"{ALPHA}:{BETA} of {first.task} and {second.task}; full: Pareto-optimal among these", fontsize=9)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
-    save(figure, folder / "picture.png")
-    return text
+    save(figure, path)

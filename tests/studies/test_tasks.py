@@ -210,7 +210,7 @@ def test_a_failed_training_is_named_and_the_table_is_still_written(
         (["--rules", "pcgrade"], "--rules 'pcgrade' is no weighting rule (did you mean 'pcgrad'?)"),
         (["--rules", "equal", "equal"], "--rules names equal twice"),
         (["--seeds", "1", "1"], "--seeds names 1 twice"),
-        (["--seeds", "-1"], "--seeds"),
+        (["--seeds"], "--seeds names none"),
         (["--seed", "3"], "--seed 3: a study has several seeds"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
         (["--task", "depth"], "--task depth: this study compares"),
