@@ -97,8 +97,7 @@ def _draw(path: Path, comparison: Comparison, first: Measure, second: Measure, b
             continue
         up, across = (0.0 if math.isnan(spread.deviation) else spread.deviation for spread in (y, x))
         face = COLOUR if is_best else "white"
-        style = {"fmt": "o", "color": COLOUR, "markerfacecolor": face, "capsize": 2, "elinewidth": 0.7}
-        axes.errorbar(x.mean, y.mean, up, across, **style)
+        axes.errorbar(x.mean, y.mean, up, across, fmt="o", color=COLOUR, markerfacecolor=face, capsize=2)
         axes.annotate(entry.label, (x.mean, y.mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
         if is_best:
             front.append((x.mean, y.mean))
