@@ -20,7 +20,6 @@ _ELSEWHERE = {
     "Backbone": "mtl.models.backbone",
     "DataInfo": "mtl.data.sample",
     "Depth": "mtl.tasks.depth",
-    "FixedWeights": "mtl.weighting.fixed",
     "Folder": "mtl.data.folder",
     "Head": "mtl.models.heads",
     "MultiTaskModel": "mtl.models.multitask",
@@ -32,9 +31,11 @@ _ELSEWHERE = {
     "Scenes": "mtl.data.scenes",
     "Segmentation": "mtl.tasks.segmentation",
     "Source": "mtl.data.sample",
+    "Step": "mtl.weighting.base",
     "Task": "mtl.tasks.base",
     "Weighting": "mtl.weighting.base",
     "initialise": "mtl.transfer.weights",
+    "masked_mean": "mtl.tasks.base",
 }
 
 __all__ = [  # noqa: PLE0604  # all are strings

@@ -50,6 +50,7 @@ from mtl.plugins import in_plugin_of
 from mtl.prediction.tta import SCALES, AveragedViews
 from mtl.tasks.base import Panel, Task
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
+from mtl.training.cost import COST_FILE, Cost
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
 from mtl.training.pictures import (
@@ -140,6 +141,7 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         mode="max" if higher_is_better else "min",
         enable_version_counter=False,
     )
+    cost = Cost(folder / COST_FILE, sum(fit.steps for fit in fits))
     wandb_logger = None
     if first and experiment.logger == "wandb" and surroundings.wandb_mode != "disabled":
         wandb_logger = start_wandb(experiment, folder, surroundings.wandb_mode)
@@ -154,7 +156,7 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         last_step = None if experiment.max_steps is None else step + fit.steps
         trainer = make_trainer(
             experiment,
-            callbacks=_callbacks(experiment, history, best, folder, step, last_step),
+            callbacks=[*_callbacks(experiment, history, best, folder, step, last_step), cost],
             logger=[history, *([wandb_logger] if wandb_logger else [])],
             default_root_dir=folder,
             max_epochs=epoch + fit.epochs,

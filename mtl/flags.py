@@ -190,9 +190,7 @@ def _mapping(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
         for word in words:
             name, equals, value = word.partition("=")
             if not equals:
-                raise ValueError(
-                    f"{word!r} should have the form NAME={what}"
-                )
+                raise ValueError(f"{word!r} should have the form NAME={what}")
             values[name] = number(value)
         return values
 

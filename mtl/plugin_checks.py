@@ -192,7 +192,11 @@ def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
                 raise UserError(f"{title} gives every task the weight 0, and one must have another")
             tried.asked += 1
             objective = tried.objective(step)
-            if optimizer is not None and objective is not None:
+            if optimizer is not None:
+                if not isinstance(objective, Tensor) or objective.shape != () or not objective.requires_grad:
+                    raise UserError(
+                        f"{title} has parameters, and its objective{when} must be a scalar that teaches them"
+                    )
                 optimizer.zero_grad()
                 torch.autograd.backward(objective)
                 optimizer.step()

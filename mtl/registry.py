@@ -23,8 +23,12 @@ TASKS = ("segmentation", "depth", "normals")
 DATA_SETS = ("scenes", "folder", "nyuv2", "cityscapes")
 """The data sets that come with the package."""
 
-WEIGHTINGS = ("fixed", "equal")
-"""The weighting rules that come with the package."""
+WEIGHTINGS = (
+    "fixed", "equal", "uncertainty", "log", "dwa", "random", "geometric", "imtl-l", "famo", "stch",
+    "mgda", "pcgrad", "gradvac", "cagrad", "imtl-g", "nash-mtl", "aligned-mtl", "upgrad", "dualproj", "fairgrad",
+    "config", "gradnorm", "db-mtl",
+)  # fmt: skip
+"""The weighting rules that come with the package: from the losses, then from the gradients."""
 
 
 class Registry(dict[str, T]):

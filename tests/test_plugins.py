@@ -77,12 +77,12 @@ class TestExamples:
 
     def test_the_rule_s_gradient_is_that_of_the_sum_of_logs(self) -> None:
         load_plugins([Path(STRIPES)])
-        rule = registry.weightings["inverse"](["a", "b"])
-        x = torch.tensor([2.0, 3.0], requires_grad=True)
-        losses = {"a": x[0] ** 2, "b": x[1] ** 3}
-        weights = rule(losses)
-        (gradient,) = torch.autograd.grad(sum(weights[t] * losses[t] for t in losses), x)
-        expected = torch.tensor([2 / 2.0, 3 / 3.0])  # d/dx (2 ln x0 + 3 ln x1)
+        rule = registry.weightings["inverse"]({"a": "gaussian", "b": "gaussian"})
+        x = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        losses = x ** torch.tensor([2.0, 3.0])
+        weights = rule(step(losses.detach()))
+        (gradient,) = torch.autograd.grad((weights * losses).sum(), x)
+        expected = torch.tensor([2 / 2.0, 3 / 3.0], dtype=torch.float64)  # d/dx (2 ln x0 + 3 ln x1)
         assert torch.allclose(gradient, expected)
 
 
@@ -254,39 +254,35 @@ def test_what_only_a_real_batch_raises_is_said_in_a_sentence(
     assert f"error: {expected}\n" == capsys.readouterr().err
 
 
+def step(losses: torch.Tensor) -> mtl.Step:
+    return mtl.Step(losses, torch.arange(len(losses)), torch.zeros(0, 0, dtype=torch.float64))
+
+
 def rule(body: str, tmp_path: Path, *, before: str = "") -> mtl.Weighting:
     """Return a plugin's rule for the tasks 'a' and 'b', of the lines of its forward."""
     lines = "".join(f"        {line}\n" for line in body.splitlines())
     file = tmp_path / "rules.py"
     file.write_text(
         "import torch\nimport mtl\n\n@mtl.register_weighting('mine')\nclass Rule(mtl.Weighting):\n"
-        f"{before}    def forward(self, losses):\n{lines}"
+        f"{before}    def forward(self, step):\n{lines}"
     )
     load_plugins([file])
-    return registry.weightings["mine"](["a", "b"])
+    return registry.weightings["mine"]({"a": "gaussian", "b": "laplace"})
 
 
 RULES = [
-    ("return None", ["NoneType"]),
-    ("return [torch.tensor(1.0), torch.tensor(1.0)]", ["a list", "dictionary"]),
-    ("return {}", ["no task", "'a', 'b'"]),
-    ("return {'a': torch.tensor(1.0)}", ["weights for 'a',", "'a', 'b'"]),
-    ("return {t: torch.tensor(1.0) for t in ('a', 'b', 'c')}", ["'a', 'b', 'c'"]),
-    ("return {t: 1.0 for t in losses}", ["'a'", "a float", "scalar tensor"]),
-    ("return {t: torch.ones(3) for t in losses}", ["'a'", "(3,)", "scalar tensor"]),
-    ("return {t: torch.tensor(1) for t in losses}", ["'a'", "int64", "floats"]),
-    ("return {t: torch.tensor(-0.5) for t in losses}", ["'a'", "-0.5", "0 or more"]),
-    ("return {t: torch.tensor(float('nan')) for t in losses}", ["'a'", "nan", "finite"]),
-    ("return {t: torch.tensor(float('inf')) for t in losses}", ["'a'", "inf", "finite"]),
-    ("return {t: torch.tensor(0.0) for t in losses}", ["every task", "positive"]),
-    ("return {t: 1 / loss.detach() for t, loss in losses.items()}", ["inf", "'a' is zero", "without labels"]),
-    ("return losses['nothing']", ["line 7", "KeyError: 'nothing'"]),
+    ("return None", ["NoneType", "tensor of 2 weights"]),
+    ("return [1.0, 1.0]", ["a list", "tensor of 2 weights"]),
+    ("return torch.tensor(1.0)", ["()", "2 floats"]),
+    ("return torch.ones(3)", ["(3,)", "2 floats"]),
+    ("return torch.ones(2)", ["where 'a' has no labels", "(2,)", "1 floats"]),
+    ("return torch.ones(len(step.losses), dtype=torch.int64)", ["int64", "floats"]),
+    ("return -step.losses", ["'a'", "-1.0", "0 or more"]),
+    ("return step.losses * float('nan')", ["'a'", "nan", "finite"]),
+    ("return step.losses * float('inf')", ["'a'", "inf", "finite"]),
+    ("return 0 * step.losses", ["every task", "the weight 0"]),
+    ("return step.losses['nothing']", ["line 7", "IndexError"]),
     ("raise SystemExit", ["line 7", "SystemExit"]),
-    (
-        "past = getattr(self, 'past', losses)\nself.past = losses\n"
-        "return {t: (past[t] + 1) / (loss + 1) for t, loss in losses.items()}",
-        ["backward through the graph a second time"],
-    ),
 ]
 
 
@@ -306,39 +302,41 @@ LEARNT = """\
         self.register_buffer("calls", torch.zeros(()))
 
 """
+OBJECTIVE = """\
+    def objective(self, step):
+        return (self.logits[step.present].softmax(0) * step.losses).sum()
+
+"""
 
 
 def test_a_rule_that_learns_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
-    made = rule("self.calls += 1\nreturn dict(zip(losses, self.logits.softmax(0)))", tmp_path, before=LEARNT)
+    body = "self.calls += 1\nreturn self.logits[step.present].softmax(0)"
+    made = rule(body, tmp_path, before=LEARNT + OBJECTIVE)
     check_weighting(made, ["a", "b"])
     assert made.calls == 0 and not made.logits.any() and made.logits.grad is None
-    assert weigh(made, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, 0)["a"] == 0.5 and made.calls == 1
+    weights = weigh(made, step(torch.tensor([1.0, 2.0])), 0)
+    assert weights.tolist() == [0.5, 0.5] and made.calls == 1 and not weights.requires_grad
 
 
-@pytest.mark.parametrize(
-    "weights", ["{'a': torch.tensor(0.0), 'b': torch.tensor(1.0)}", "{t: losses[t] for t in 'ba'}"]
-)
-def test_a_zero_weight_is_allowed_and_order_is_free(weights: str, tmp_path: Path) -> None:
-    check_weighting(rule(f"return {weights}", tmp_path), ["a", "b"])
+def test_a_rule_with_parameters_and_nothing_to_learn_them_by_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'mine' has parameters, and its objective must be a scalar that teaches"):
+        check_weighting(rule("return self.logits[step.present].softmax(0)", tmp_path, before=LEARNT), ["a", "b"])
 
 
-def test_a_rule_is_not_blamed_for_a_loss_that_is_no_number(tmp_path: Path) -> None:
-    made = rule("return {t: 1 / (1 + loss.detach()) for t, loss in losses.items()}", tmp_path)
-    diverged = {"a": torch.tensor(float("nan")), "b": torch.tensor(1.0)}
-    assert weigh(made, diverged, 3)["a"].isnan()
-    made = rule("return {t: torch.tensor(float('nan')) for t in losses}", tmp_path)
-    with pytest.raises(UserError, match=r"'mine' gives 'a' the weight nan at step 3"):
-        weigh(made, {"a": torch.tensor(1.0), "b": torch.tensor(1.0)}, 3)
+def test_a_zero_weight_is_allowed_and_a_negative_one_from_gradients(tmp_path: Path) -> None:
+    check_weighting(rule("return step.losses * (step.present == len(step.present) - 1)", tmp_path), ["a"])
+    body = "assert step.gram.shape == (len(step.losses),) * 2\nreturn 1.5 - step.losses * len(step.losses)"
+    check_weighting(rule(body, tmp_path, before="    needs_gram = True\n\n"), ["a", "b"])
 
 
 def test_a_wrong_rule_leaves_no_folder_and_a_late_one_says_its_step(
     tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rule("return {t: 1.0 for t in losses}", tmp_path)
+    rule("return 1.0", tmp_path)
     words = ["--plugin", str(tmp_path / "rules.py"), "--weighting", "mine", "--task", "depth", "--max-steps", "9"]
     assert run("train", *words, *tiny) == 2
-    assert "scalar tensor" in capsys.readouterr().err and not (tmp_path / "runs").exists()
-    rule("self.n = getattr(self, 'n', 0) + 1\nreturn {t: torch.tensor(5.0 - self.n) for t in losses}", tmp_path)
+    assert "tensor of 1 weights" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    rule("self.n = getattr(self, 'n', 0) + 1\nreturn 0 * step.losses + 5.0 - self.n", tmp_path)
     assert run("train", *words, *tiny) == 2
     said = capsys.readouterr().err
     assert "'mine' gives 'depth' the weight -1.0 at step 5" in said and said.count("\n") == 1
@@ -373,15 +371,15 @@ SOURCES = [
     (GIVE, "return sample | {'segmentation': labels['segmentation'] + np.uint8(1)}", ["class 2", "there are 2"]),
     (GIVE, "return sample | {'intrinsics': np.eye(3)}", ["'intrinsics'", "float64 (3, 3)", "float32 (3, 3)"]),
     (GIVE, "return sample | {'deph': labels['depth']}", ["'deph'", "depth, normals"]),
-    (GIVE, "return sample | {'depth': labels['dept']}", ["line 38", "KeyError: 'dept'"]),
-    (GIVE, "return sample if number < 3 else exit()", ["line 38", "read of", "SystemExit"]),
+    (GIVE, "return sample | {'depth': labels['dept']}", ["line 37", "KeyError: 'dept'"]),
+    (GIVE, "return sample if number < 3 else exit()", ["line 37", "read of", "SystemExit"]),
     (
         "return np.full(len(self), target in self.info.targets)",
         "return [True] * 16",
         ["labelled", "boolean array of 16"],
     ),
     ("return 16", "return 0", ["no sample"]),
-    ('return f"{self.first + index}"', "return nothing", ["line 24: name of", "NameError"]),
+    ('return f"{self.first + index}"', "return nothing", ["line 23: name of", "NameError"]),
 ]
 
 
@@ -431,7 +429,7 @@ def test_a_split_that_is_not_there_is_said_to_be_missing(tmp_path: Path, capsys:
     assert run("evaluate", str(tmp_path / "run"), "--plugin", STRIPES, "--split", "test") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --split test: the data set 'stripes' seems to have no test split")
-    assert "stripes.py, line 18" in said and "KeyError: 'test'" in said and said.count("\n") == 1
+    assert "stripes.py, line 17" in said and "KeyError: 'test'" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("raised", ["KeyError(split)", "ValueError(split)", "mtl.UserError(split)"])

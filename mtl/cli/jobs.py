@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import tyro
 
 from mtl import registry
-from mtl.cli.words import base_of, take_plugins
+from mtl.cli.words import base_of, take_plugins, with_yaml_only
 from mtl.config import Experiment, changed, validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values
@@ -59,9 +59,8 @@ def read_study(
         base = changed(base, quick)
     given = values_of(parse(flags, with_values(flags, base.model_dump()), words, program, description))
     own = kind(**{item.name: given.pop(item.name) for item in dataclasses.fields(kind)})
-    given["augmentation"]["loader"] = base.augmentation.loader
     plugins = [str(path) for path in registry.plugins.values()]
-    experiment = validate(given | {"needs_plugins": plugins, "more_data": base.more_data})
+    experiment = validate(with_yaml_only(given, base) | {"needs_plugins": plugins})
     if not own.seeds:
         raise UserError("--seeds names none; give some, such as --seeds 0 1 2")
     check_different("--seeds", own.seeds)

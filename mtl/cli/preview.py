@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from mtl.cli.surroundings import surroundings
-from mtl.cli.words import base_of, check_output, take_plugins
+from mtl.cli.words import base_of, check_output, take_plugins, with_yaml_only
 from mtl.config import validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values
@@ -28,7 +28,7 @@ def run(words: list[str], program: str, description: str) -> None:
     output, count = given.pop("output"), given.pop("count")
     for name in ("plugin", "config"):
         given.pop(name)
-    experiment = validate(given | {"more_data": base.more_data})
+    experiment = validate(with_yaml_only(given, base))
     if count < 1:
         raise UserError(f"--count {count} must be at least 1")
     if output.suffix.lower() != ".png":

@@ -10,7 +10,7 @@ import tyro
 from mtl import registry
 from mtl.cli.results import print_results
 from mtl.cli.surroundings import FOLDER, folder_of_run, rank, surroundings
-from mtl.cli.words import base_of, take_plugins
+from mtl.cli.words import base_of, take_plugins, with_yaml_only
 from mtl.config import Experiment, TransferGroup, changed, dump, load, validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values, word_or
@@ -55,9 +55,8 @@ def run(words: list[str], program: str, description: str) -> None:
     for name in ("plugin", "config", "resume"):
         given.pop(name)
     print_config = given.pop("print_config")
-    experiment = validate(
-        given | {"needs_plugins": [str(path) for path in registry.plugins.values()], "more_data": base.more_data}
-    )
+    plugins = [str(path) for path in registry.plugins.values()]
+    experiment = validate(with_yaml_only(given, base) | {"needs_plugins": plugins})
     if resume is not None:
         _check_same_run(base, experiment, resume)
         experiment = changed(experiment, {"name": base.name, "output_dir": base.output_dir})

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mtl.cli.surroundings import before_imports
 from mtl.config import Experiment, load
@@ -52,6 +53,13 @@ def base_of(words: Sequence[str]) -> Experiment:
             f"--config names {len(files)} files ({', '.join(files)}), and takes one; give the rest as flags"
         )
     return load(Path(files[0])) if files else Experiment()
+
+
+def with_yaml_only(given: dict[str, Any], base: Experiment) -> dict[str, Any]:
+    """Return the values of flags, and with them those of the file that `--config` names which no flag can give."""
+    # Where --augment names another policy, the loader's pipeline is that of the policy.
+    loader = base.augmentation.loader if given["augment"] == base.augment else None
+    return given | {"more_data": base.more_data, "augmentation": given["augmentation"] | {"loader": loader}}
 
 
 def check_output(flag: str, path: Path) -> None:

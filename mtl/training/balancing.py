@@ -99,8 +99,8 @@ class LossBalancer(HostModule):
         every: Optimizer steps from one question to the rule to the next; in between, weights stay.
         on: Where the gradients meet: 'features', or 'parameters' for the backbone's own, which takes a backward pass
             for each task.
-        heads: 'scaled' multiplies the gradients of a task's own head by its weight, so that everything follows the
-            gradient of the weighted sum; 'own' leaves them as they are.
+        heads: 'scaled' multiplies the gradients of a task's own head by the size of its weight, so that, where weights
+            are positive, everything follows the gradient of the weighted sum; 'own' leaves them as they are.
 
     Attributes:
         held: The present weights (T,) of all tasks, a buffer.
@@ -270,7 +270,8 @@ class LossBalancer(HostModule):
             _combine([(weights[task], found.shared[task][place]) for task in losses]) for place in range(len(into))
         ]
         for task in losses:
-            factor = 1.0 if self.own_heads else weights[task]
+            # A rule may turn the shared features away from a task; its own head is never to unlearn it.
+            factor = 1.0 if self.own_heads else abs(weights[task])
             into += heads[task]
             gradients += [None if g is None else g * factor for g in found.heads[task]]
         if _world_size() > 1:

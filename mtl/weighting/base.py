@@ -92,7 +92,7 @@ class Weighting(HostModule, ABC):
 
         Args:
             before: What `forward` was shown.
-            losses: The same tasks' losses (T,) on the same batch after the step.
+            losses: The same tasks' losses (T,) on the same batch after the step, finite.
         """
 
     def end_epoch(self) -> None:

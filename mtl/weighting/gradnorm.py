@@ -24,7 +24,7 @@ class GradNorm(GradientWeighting):
         alpha: How hard tasks that learn slowly are pulled, 0 to 10. 0 makes the gradients equally long.
 
     Attributes:
-        logits: v (T,) of all tasks.
+        logits: v of each task, a float64 scalar; of a task without labels it has no gradient.
         first: L_t(0) (T,) of all tasks; 0 until the task has had a label, and a positive loss.
 
     Raises:
@@ -36,7 +36,7 @@ class GradNorm(GradientWeighting):
     def __init__(self, tasks: Mapping[str, str], alpha: float = 1.5) -> None:
         super().__init__(tasks)
         self.alpha = option("alpha", alpha, 0, 10)
-        self.logits = nn.Parameter(torch.zeros(len(self.tasks), dtype=torch.float64))
+        self.logits = nn.ParameterList(nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in tasks)
         self.register_buffer("first", torch.zeros(len(self.tasks), dtype=torch.float64))
 
     def forward(self, step: Step) -> Tensor:
@@ -61,7 +61,7 @@ class GradNorm(GradientWeighting):
         return (lengths - (lengths.mean() * rate**self.alpha).detach()).abs().sum()
 
     def _weights(self, step: Step) -> Tensor:
-        return len(step.losses) * self.logits[step.present].softmax(0)
+        return len(step.losses) * torch.stack([self.logits[place] for place in step.present.tolist()]).softmax(0)
 
     def _first(self, step: Step) -> Tensor:
         first = self.first[step.present]

@@ -8,13 +8,55 @@ from pydantic import TypeAdapter, ValidationError
 
 from mtl import registry
 from mtl.errors import UserError, nearest
+from mtl.weighting.aligned_mtl import AlignedMTL
 from mtl.weighting.base import Weighting
+from mtl.weighting.cagrad import CAGrad
+from mtl.weighting.conflict_free import ConFIG
+from mtl.weighting.db_mtl import DBMTL
+from mtl.weighting.dualproj import DualProj
+from mtl.weighting.dwa import DWA
 from mtl.weighting.equal import Equal
+from mtl.weighting.fairgrad import FairGrad
+from mtl.weighting.famo import FAMO
 from mtl.weighting.fixed import Fixed
+from mtl.weighting.geometric import Geometric
+from mtl.weighting.gradnorm import GradNorm
+from mtl.weighting.gradvac import GradVac
+from mtl.weighting.imtl_g import IMTLG
+from mtl.weighting.imtl_l import IMTLL
+from mtl.weighting.log import LogSum
+from mtl.weighting.mgda import MGDA
+from mtl.weighting.nash_mtl import NashMTL
+from mtl.weighting.pcgrad import PCGrad
+from mtl.weighting.random import RandomWeights
+from mtl.weighting.stch import STCH
+from mtl.weighting.uncertainty import Uncertainty
+from mtl.weighting.upgrad import UPGrad
 
 RULES: dict[str, type[Weighting]] = {
     "fixed": Fixed,
     "equal": Equal,
+    "uncertainty": Uncertainty,
+    "log": LogSum,
+    "dwa": DWA,
+    "random": RandomWeights,
+    "geometric": Geometric,
+    "imtl-l": IMTLL,
+    "famo": FAMO,
+    "stch": STCH,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
+    "cagrad": CAGrad,
+    "imtl-g": IMTLG,
+    "nash-mtl": NashMTL,
+    "aligned-mtl": AlignedMTL,
+    "upgrad": UPGrad,
+    "dualproj": DualProj,
+    "fairgrad": FairGrad,
+    "config": ConFIG,
+    "gradnorm": GradNorm,
+    "db-mtl": DBMTL,
 }
 assert tuple(RULES) == registry.WEIGHTINGS
 

@@ -38,6 +38,7 @@ class EdgeMetric(Metric):
 class Edges(mtl.Task):
     name = "edges"
     target = "segmentation"  # the labels to learn from
+    likelihood = "categorical"  # of the loss, for --weighting uncertainty
     main_metric = "f1"
     higher_is_better = {"f1": True, "precision": True, "recall": True}
     channels = 1  # of the head's output
@@ -56,7 +57,7 @@ class Edges(mtl.Task):
     def loss(self, outputs, batch):
         edge, known = edges_of(batch["segmentation"])
         loss = F.binary_cross_entropy_with_logits(outputs[:, 0].float(), edge.float(), reduction="none")
-        return (loss * known).sum() / known.sum().clamp(min=1)
+        return mtl.masked_mean(loss, known)
 
     def predict(self, outputs):
         return outputs[:, 0].float().sigmoid()

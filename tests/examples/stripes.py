@@ -4,7 +4,6 @@ python train.py --plugin tests/examples/stripes.py --data.name stripes --weighti
 """
 
 import numpy as np
-import torch
 
 import mtl
 

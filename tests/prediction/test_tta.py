@@ -65,7 +65,7 @@ def around(
     formula: Callable[[Tensor], Answers], scales: Sequence[float] = (), like: MultiTaskModule = REAL
 ) -> tuple[AveragedViews, StandIn]:
     """Return the averaged views of a stand-in for the model of a module."""
-    other = MultiTaskModule(StandIn(formula), like.each_task(), like.weighting, like.options, 0, like.info)
+    other = MultiTaskModule(StandIn(formula), like.each_task(), like.balancer, like.options, 0, like.info)
     return AveragedViews(other, scales), other.model
 
 

@@ -60,6 +60,13 @@ VARIANTS = {
     "steps": ["--max-steps", "16", "--checkpoint-every", "5"],
     "ema": ["--epochs", "3", "--checkpoint-every", "2", "--ema", "0.9", "--freeze"],
     "accumulate": ["--epochs", "3", "--checkpoint-every", "1", "--accumulate", "2", "--optimizer", "sgd"],
+    "uncertainty": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "uncertainty"],
+    "famo": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "famo", "--accumulate", "2"],
+    "dwa": ["--max-steps", "18", "--checkpoint-every", "5", "--weighting", "dwa"],
+    "random": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "random"],
+    "pcgrad": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "pcgrad", "--weighting-every", "3"],
+    "gradvac": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "gradvac"],
+    "gradnorm": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "gradnorm", "--weighting-on", "parameters"],
     "validate": ["--max-steps", "16", "--checkpoint-every", "4", "--validate-every", "4"],
 }
 

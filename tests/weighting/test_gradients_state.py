@@ -144,6 +144,6 @@ def test_gradnorm_keeps_what_it_knows_of_missing_tasks() -> None:
         objective = rule.objective(seen)
         if objective is not None:
             objective.backward()
-            assert rule.logits.grad is not None
-            assert (rule.logits.grad[absent] == 0).all()
+            learning = [place for place, logit in enumerate(rule.logits) if logit.grad is not None]
+            assert learning and not set(learning) & set(absent)
     assert rule.first.tolist() == [first[place] for place in range(TASKS)]
