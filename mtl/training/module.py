@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
 import lightning
@@ -159,12 +159,20 @@ class MultiTaskModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the step; then, for a rule that asks for it, see what it has done to the losses of the same batch."""
         super().optimizer_step(*args, **kwargs)
+        self.look_again(self.trainer.precision_plugin.train_step_context())
+
+    def look_again(self, precision: AbstractContextManager[None]) -> None:
+        """Show the rule, if it asks for that, the losses of the batch that it was last asked with.
+
+        Args:
+            precision: In which the training step was computed.
+        """
         again, self._again = self._again, None
         if again is None or self.balancer.shown is None:
             return
         # As the first time: the same random choices, and nothing of the batch counted twice in running statistics.
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        with again.generators.replayed(), torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+        with again.generators.replayed(), torch.no_grad(), precision:
             losses = self._losses(again.batch, None)
         for buffer, before in zip(self.model.buffers(), kept, strict=True):
             buffer.copy_(before)
