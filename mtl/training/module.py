@@ -217,7 +217,11 @@ class MultiTaskModule(lightning.LightningModule):
             kwargs["momentum"] = 0.9 if options.momentum is None else options.momentum
         elif options.optimizer == "rmsprop":
             kwargs["momentum"] = options.momentum or 0.0
-        groups = parameter_groups(self, options.weight_decay, options.lr, options.backbone_lr, options.layer_decay)
+        learning = nn.ModuleList([self.model, self.tasks])
+        groups = parameter_groups(learning, options.weight_decay, options.lr, options.backbone_lr, options.layer_decay)
+        if weights := list(self.balancer.parameters()):
+            # By themselves: beside parameters on the host, torch would update those of a GPU one by one.
+            groups.append({"name": "weighting", "params": weights, "lr": options.lr, "weight_decay": 0.0})
         optimizer = _OPTIMIZERS[options.optimizer](groups, **kwargs)
         scale = schedule(options.schedule, self.total_steps, options.warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
