@@ -6,6 +6,7 @@ checked here where that needs no model and no data, and where they are used othe
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -60,6 +61,19 @@ class Options(BaseModel):
     """A group of fields: no unknown keys, and each field's docstring is its help."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python, and so to pydantic, True is 1; to a person who writes 'yes' for a number it is a mistake.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not {int, float} & {kind, *get_args(kind)}:
+            return value
+        named = value if isinstance(value, dict) else {"": value}
+        for name, given in named.items():
+            if any(isinstance(part, bool) for part in (given if isinstance(given, list | tuple) else [given])):
+                raise ValueError(f"{name}={given} must be a number" if name else f"{given} is not a number")
+        return value
 
 
 class SegmentationOptions(Options):
@@ -341,10 +355,17 @@ class TaskGroup(Options):
             raise ValueError("a task is named twice")
         return value
 
-    @field_validator("weighting_options")
+    @field_validator("weighting_options", mode="before")
     @classmethod
-    def _numbers(cls, value: dict[str, int | float | str]) -> dict[str, int | float | str]:
-        return {name: number_or_word(given) if isinstance(given, str) else given for name, given in value.items()}
+    def _numbers_or_words(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        options = {name: number_or_word(given) if isinstance(given, str) else given for name, given in value.items()}
+        for name, given in options.items():
+            infinite = isinstance(given, float) and not math.isfinite(given)
+            if infinite or isinstance(given, bool) or not isinstance(given, int | float | str):
+                raise ValueError(f"{name}={given} must be a finite number or a word")
+        return options
 
     @field_validator("weighting")
     @classmethod

@@ -186,11 +186,13 @@ def _mapping(kind: Any) -> PrimitiveConstructorSpec[dict[str, Any]]:
     what = "NUMBER" if isinstance(kind, type) else "VALUE"
 
     def read(words: list[str]) -> dict[str, Any]:
-        values = {}
+        values: dict[str, Any] = {}
         for word in words:
             name, equals, value = word.partition("=")
             if not equals:
                 raise ValueError(f"{word!r} should have the form NAME={what}")
+            if name in values:
+                raise ValueError(f"{name!r} is given twice; give it once")
             values[name] = number(value)
         return values
 

@@ -203,6 +203,9 @@ class TestBadInput:
             (["train", "--epochs", "0"], ["--epochs"]),
             (["train", "--lr", "fast"], ["--lr", "fast"]),
             (["train", "--loss-weights", "depth"], ["--loss-weights", "'depth'", "NAME=NUMBER"]),
+            (["train", "--loss-weights", "depth=1", "depth=2"], ["--loss-weights", "'depth' is given twice"]),
+            (["train", "--weighting-options", "alpha=1", "alpha=2"], ["--weighting-options", "'alpha' is given twice"]),
+            (["train", "--weighting-options", "alpha=nan"], ["--weighting-options: alpha=nan must be a finite number"]),
             (["train", "--batch-size"], ["--batch-size"]),
             (["train", "--optimizer", "adamm"], ["'adamm'", "'adam'"]),
             (["train", "--data.size", "8", "8"], ["--data.size"]),
@@ -272,6 +275,38 @@ class TestBadInput:
         assert run("train", "--name", "run", "--resume", *tiny) == 2
         assert "last.ckpt" in capsys.readouterr().err
         assert before == {path.name: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
+
+    @pytest.mark.parametrize(
+        ("before", "after", "said"),
+        [
+            ("", "--loss-weights depth=0.5", "loss-weights is {'depth': 0.5} here and {} in"),
+            ("--loss-weights segmentation=1 depth=0.5", "--loss-weights segmentation=1", "'depth': 0.5} in"),
+            ("--loss-weights depth=0.5", "--loss-weights", "loss-weights is {} here and {'depth': 0.5} in"),
+            ("--weighting stch", "--weighting-options mu=2", "weighting-options is {'mu': 2} here and {} in"),
+            ("--weighting-options alpha=2", "--weighting-options beta=2", "{'beta': 2} here and {'alpha': 2} in"),
+            ("--weighting-options alpha=2", "--weighting-options", "weighting-options is {} here"),
+            ("", "--data.labels depth=5", "data.labels is {'depth': 5} here and {} in"),
+            ("--data.labels depth=5 segmentation=5", "--data.labels depth=5", "data.labels is {'depth': 5} here"),
+            ("", "--data.size 48 32", "data.size is (48, 32) here and (32, 32) in"),
+        ],
+    )
+    def test_a_resumed_run_is_the_same_run(
+        self, before: str, after: str, said: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "runs" / "run"
+        folder.mkdir(parents=True)
+        assert run("train", *tiny, *before.split(), "--print-config") == 0
+        stored = capsys.readouterr().out
+        (folder / "config.yaml").write_text(stored)
+        (folder / "last.ckpt").touch()
+        resume = ("train", "--resume", str(folder))
+        # What is said again as it was is no change.
+        assert run(*resume, *before.split(), "--print-config") == 0
+        capsys.readouterr()
+        assert run(*resume, *after.split()) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("error: --resume: ") and said in error, error
+        assert (folder / "config.yaml").read_text() == stored
 
     def test_a_label_outside_the_classes(
         self, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -5,7 +5,9 @@ import pytest
 from mtl.config import DECODERS, Experiment, changed, dump, load, validate
 from mtl.errors import UserError
 
+# Sweeps, which W&B's agent reads, hold flags and not fields.
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = [path for path in CONFIGS if not path.name.startswith("sweep")]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -46,6 +48,15 @@ REFUSED = [
     ({"precision": "16-mixed", "device": "cpu"}, ["16-mixed", "bf16-mixed"]),
     ({"loss_weights": {"depth": 0}}, ["--loss-weights", "depth=0", "positive"]),
     ({"loss_weights": {"normals": 1}}, ["'normals'", "segmentation, depth"]),
+    ({"loss_weights": {"depth": True}}, ["--loss-weights: depth=True must be a number"]),
+    ({"loss_weights": {"depth": float("inf")}}, ["--loss-weights", "finite"]),
+    ({"weighting_every": True}, ["--weighting-every: True is not a number"]),
+    ({"epochs": True}, ["--epochs: True"]),
+    ({"ema": False}, ["--ema: False"]),
+    ({"data": {"size": [True, 64]}}, ["--data.size: [True, 64]"]),
+    ({"data": {"labels": {"depth": True}}}, ["--data.labels: depth=True"]),
+    ({"more_data": [{"train_samples": True}]}, ["more_data.0.train_samples: True"]),
+    ({"weighting_options": 3}, ["--weighting-options is 3", "dictionary"]),
     ({"data": {"nam": "scenes"}}, ["'data.nam'", "'name'"]),
     ({"data": {"name": "foldr"}}, ["'foldr'", "'folder'"]),
     ({"data": {"name": "folder"}}, ["--data.root"]),
@@ -90,6 +101,25 @@ def test_what_is_refused_is_named(values: dict, fragments: list[str]) -> None:
     assert message.startswith("some.yaml: ")
     assert all(fragment in message for fragment in fragments), message
     assert "\n" not in message and "http" not in message
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), "nan", "-inf", "1e999", None, [1], {"a": 1}, True])
+def test_an_option_of_a_rule_is_a_finite_number_or_a_word(given: object) -> None:
+    with pytest.raises(UserError) as caught:
+        validate({"weighting": "dwa", "weighting_options": {"temperature": given}})
+    shown = "inf" if given == "1e999" else given
+    assert str(caught.value) == f"--weighting-options: temperature={shown} must be a finite number or a word"
+
+
+def test_numbers_and_words_of_rules_are_told_apart() -> None:
+    given = {"a": "2", "b": "0.5", "c": "l2", "d": 3, "e": 0.25, "f": "1e-3"}
+    read = validate({"weighting_options": given}).weighting_options
+    assert read == {"a": 2, "b": 0.5, "c": "l2", "d": 3, "e": 0.25, "f": 1e-3}
+    assert [type(value) for value in read.values()] == [int, float, str, int, float, float]
+
+
+def test_a_truth_value_stays_one_where_one_is_wanted() -> None:
+    assert validate({"freeze": True}).freeze and not validate({"channels_last": False}).channels_last
 
 
 @pytest.mark.parametrize(

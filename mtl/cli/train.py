@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from pydantic import BaseModel
 
 from mtl import registry
 from mtl.cli.results import print_results
@@ -117,7 +118,7 @@ def _run_to_resume(word: str, name: str | None, output_dir: Path) -> Path | None
 
 
 def _check_same_run(stored: Experiment, experiment: Experiment, run: Path) -> None:
-    before, after = (_flat(e.model_dump(mode="json")) for e in (stored, experiment))
+    before, after = _flat(stored), _flat(experiment)
     for name, value in after.items():
         if value != before[name] and name not in MAY_CHANGE:
             raise UserError(
@@ -126,11 +127,11 @@ def _check_same_run(stored: Experiment, experiment: Experiment, run: Path) -> No
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by dotted names."""
+def _flat(options: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Return the values of all fields by dotted names; a mapping, whose names differ from run to run, is one value."""
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    for name, value in options:
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
     return flat
 
 

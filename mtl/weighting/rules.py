@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mtl import registry
 from mtl.errors import UserError, nearest
@@ -92,7 +92,8 @@ def _value(name: str, kind: type[Weighting], option: str, value: Any) -> Any:
         raise UserError(f"--weighting-options: the rule {name!r} has no {option!r}{nearest(option, options)}; {there}")
     wanted = get_type_hints(kind.__init__).get(option, Any)
     try:
-        return TypeAdapter(wanted).validate_python(value)
+        # What looks like a number was read as one, and is a word to a rule that wants words.
+        return TypeAdapter(wanted, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
     except ValidationError as error:
         should = error.errors(include_url=False)[0]["msg"].removeprefix("Input should be ")
         raise UserError(f"--weighting-options {option}={value} of the rule {name!r} should be {should}") from None

@@ -3,6 +3,7 @@
 import csv
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mtl.cli import main
 from mtl.config import validate
 from mtl.data.sample import DataInfo
 from mtl.errors import UserError
+from mtl.weighting.fixed import Fixed
 from mtl.weighting.rules import RULES, make_rule, options_of
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -53,6 +55,19 @@ def test_options_take_effect_in_the_type_that_the_rule_wants() -> None:
     assert make_rule("cagrad", likelihoods, {"c": 1}).c == 1.0
     assert make_rule("mgda", likelihoods, {"normalizer": "loss+"}).normalizer == "loss+"
     assert make_rule("random", likelihoods, {}, seed=7).seed == 7
+
+
+@pytest.mark.parametrize(("given", "read"), [("3", "3"), ("fast", "fast"), ("0.5", "0.5")])
+def test_a_rule_that_wants_words_gets_digits_as_one(given: str, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Moded(Fixed):
+        def __init__(self, tasks: Mapping[str, str], mode: str = "", other: str | None = None) -> None:
+            super().__init__(tasks, {})
+            self.modes = mode, other
+
+    monkeypatch.setitem(RULES, "moded", Moded)
+    options = validate({"weighting_options": {"mode": given, "other": given}}).weighting_options
+    rule = make_rule("moded", {"a": "gaussian"}, options)
+    assert isinstance(rule, Moded) and rule.modes == (read, read)
 
 
 RUNS = {
