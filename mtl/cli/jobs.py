@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from mtl.studies.jobs import Job, Outcome, Progress
 
 
+RUNS = "jobs"
+"""Folder of all studies' runs in the output folder."""
+
+_OTHER = "choose another --name or --output-dir"
+
+
 @dataclasses.dataclass
 class Trainings(Configured):
     """A study's own flags; those of a training follow."""
@@ -90,16 +96,41 @@ def results_folder(experiment: Experiment, name: str) -> Path:
     """Return the folder for a study's results: by --name, or the study's own name.
 
     Raises:
-        UserError: It is a run's.
+        UserError: It is a run's or the runs', or what a study writes cannot be written.
     """
-    folder = experiment.output_dir / (experiment.name or name)
+    folder, runs = experiment.output_dir / (experiment.name or name), experiment.output_dir / RUNS
+    if folder == runs:
+        raise UserError(f"--name {RUNS}: {runs} is the folder of all studies' runs; choose another --name")
+    for wanted in (folder, runs / "logs"):
+        _check_folder(wanted)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run's folder; choose another --name for the study")
     return folder
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or that cannot be made.
+
+    Raises:
+        UserError: It is.
+    """
+    there = folder.absolute()
+    while True:
+        try:
+            there.lstat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            there = there.parent
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}); {_OTHER}") from None
+    if not there.is_dir():
+        raise UserError(f"{there} is no folder, and {folder} is to be one; move it away, or {_OTHER}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} cannot be written to, and the study writes to {folder}; {_OTHER}")
+
+
 def run_jobs(jobs: "Sequence[Job]", experiment: Experiment, count: int | None) -> "dict[Job, Outcome]":
-    """Run a study's trainings in the folder ``jobs`` beside its results, and show how far they are.
+    """Run a study's trainings in the folder `RUNS` beside its results, and show how far they are.
 
     Args:
         jobs: The trainings.
@@ -115,7 +146,7 @@ def run_jobs(jobs: "Sequence[Job]", experiment: Experiment, count: int | None) -
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the trainings, too
     try:
         with _Bars() as bars:
-            runner = Runner(experiment.output_dir / "jobs", slots, os.environ, bars.say, bars.show)
+            runner = Runner(experiment.output_dir / RUNS, slots, os.environ, bars.say, bars.show)
             return dict(zip(jobs, runner.run(jobs), strict=True))
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,6 @@
 """``python -m mtl study``: measurements over many models or trainings."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +69,11 @@ QUICK: dict[str, Any] = {
 @dataclasses.dataclass
 class _Tasks(Trainings):
     rules: Annotated[
-        list[str], tyro.conf.arg(help="Weighting rules (none given: eleven of them, with --quick eight).")
+        list[str],
+        tyro.conf.arg(
+            help="Weighting rules (none given: eleven of them, with --quick eight). --weighting-every and "
+            "--weighting-on hold for those that compare gradients; --weighting-options needs a single rule."
+        ),
     ] = dataclasses.field(default_factory=list)
 
 
@@ -89,10 +92,15 @@ def _tasks(words: list[str], program: str) -> None:
     if experiment.weighting != "fixed":
         raise UserError(f"--weighting {experiment.weighting}: this study tries several rules; name them by --rules")
     here = surroundings()
-    from mtl.studies.tasks import QUICK_RULES, RULES, plan, report
+    from mtl.studies.tasks import QUICK_RULES, RULES, check_rules, plan, report
 
     rules = flags.rules or (QUICK_RULES if flags.quick else RULES)
+    check_rules(experiment, rules)
     _compare("tasks", flags, experiment, here, lambda held: plan(experiment, rules, flags.seeds, held), report)
+
+
+LEAST_RATIO, MOST_RATIO = 1e-6, 1e6
+"""Between which ratios weights tell two tasks apart, and the losses still add up in single precision."""
 
 
 @dataclasses.dataclass
@@ -108,16 +116,17 @@ def _loss_weights(words: list[str], program: str) -> None:
     if not flags.ratios:
         raise UserError("--ratios names none; give some, such as --ratios 0.1 1 10")
     for ratio in flags.ratios:
-        if not 0 < ratio < math.inf:
-            raise UserError(f"--ratios {ratio:g} must be positive and finite")
+        if not LEAST_RATIO <= ratio <= MOST_RATIO:
+            raise UserError(f"--ratios {ratio:g}: a ratio must be from {LEAST_RATIO:g} to {MOST_RATIO:g}")
     check_different("--ratios", flags.ratios)
     if len(experiment.task) != 2:
         raise UserError(f"--task {' '.join(experiment.task)}: this study weighs two tasks against each other; name two")
     if experiment.weighting != "fixed" or experiment.loss_weights:
         raise UserError("--weighting and --loss-weights: this study chooses the weights, by --ratios; leave them out")
     here = surroundings()
-    from mtl.studies.loss_weights import plan, report
+    from mtl.studies.loss_weights import check_ratios, plan, report
 
+    check_ratios(flags.ratios)
     _compare(
         "loss-weights",
         flags,
@@ -142,10 +151,11 @@ def _compare(
         UserError: The experiment cannot be trained, or some trainings failed, which the table marks.
     """
     folder = results_folder(experiment, name)
-    from mtl.studies.comparison import Comparison, jobs_of, measures_of, prepare
+    from mtl.studies.comparison import Comparison, check_entries, jobs_of, measures_of, prepare
 
     tasks, held = prepare(experiment, here)
     entries = plan(held)
+    check_entries(entries, here)
     outcomes = run_jobs(jobs_of(entries), experiment, flags.jobs)
     print("\n" + report(Comparison(entries, outcomes, measures_of(tasks), held), folder))
     print(f"written to {folder}: table.md  table.csv  picture.png")

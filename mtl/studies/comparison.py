@@ -5,13 +5,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl.build import Surroundings, build_module, check_machine, check_monitor, load_samples, open_source, target_of
+from mtl.build import (
+    Surroundings,
+    build_balancer,
+    build_module,
+    build_tasks,
+    check_machine,
+    check_monitor,
+    check_schedule,
+    load_samples,
+    open_source,
+    plan_fits,
+    target_of,
+)
 from mtl.config import Experiment, SourceOptions, TaskGroup, validate
+from mtl.data.loading import Samples
 from mtl.errors import UserError
 from mtl.files import write_whole
 from mtl.studies.jobs import Job, Outcome, Result
 from mtl.studies.tables import DELTA_COLUMNS, USUAL, Cell, Column, Delta, Measure, Spread, Table, delta, delta_note
 from mtl.tasks.base import Task
+
+OF_GRADIENTS = ("weighting_every", "weighting_on")
+"""Fields that concern the rules alone that compare gradients."""
+
+OF_RULES = (*OF_GRADIENTS, "weighting_options")
+"""Fields that concern some rules, and that others refuse."""
+
+SUMMED: dict[str, Any] = {name: TaskGroup.model_fields[name].default for name in ("weighting", *OF_RULES)}
+"""Fields of an experiment that sums the losses."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +79,15 @@ class Held:
 def prepare(experiment: Experiment, surroundings: Surroundings) -> tuple[list[Task], Held]:
     """Refuse what cannot be trained, before anything is, and return the tasks and which metrics count.
 
+    What concerns the weighting rule and the schedule is for `check_entries`, which knows each training's.
+
     Raises:
         UserError: The experiment does not fit together, or its data cannot be used.
     """
     check_machine(experiment)
     info = load_samples(experiment, "train", surroundings).source.info
     load_samples(experiment, "validation", surroundings)
-    module = build_module(experiment, info, total_steps=1)
+    module = build_module(with_seed(experiment, experiment.seed, SUMMED), info, total_steps=1)
     check_monitor(experiment, module)
     try:
         source = open_source(experiment, "test", surroundings)
@@ -156,6 +180,24 @@ def single_tasks(experiment: Experiment, seeds: Sequence[int], held: Held) -> En
 def jobs_of(entries: Sequence[Entry]) -> list[Job]:
     """Return the jobs of all entries, those of the first seed first."""
     return [job for jobs in zip(*(entry.jobs for entry in entries), strict=True) for one in jobs for job in one]
+
+
+def check_entries(entries: Sequence[Entry], surroundings: Surroundings) -> None:
+    """Refuse schedules, rules and rules' options that cannot be trained, before the first training.
+
+    Seeds change none of these, and so the first one's trainings are looked at.
+
+    Raises:
+        UserError: A training's steps do not suffice for its schedule, or its rule cannot be used.
+    """
+    samples: dict[str, Samples] = {}
+    for job in (job for entry in entries for job in entry.jobs[0]):
+        experiment = job.experiment
+        key = " ".join(experiment.task)  # which decides the data, as one study's trainings differ otherwise in rules
+        if key not in samples:
+            samples[key] = load_samples(experiment, "train", surroundings)
+        check_schedule(experiment, min(fit.steps for fit in plan_fits(experiment, len(samples[key]))))
+        build_balancer(experiment, build_tasks(experiment, samples[key].source.info))
 
 
 class Comparison:

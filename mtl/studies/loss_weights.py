@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from mtl.config import Experiment
+from mtl.errors import UserError
 from mtl.studies.comparison import Comparison, Entry, Held, single_tasks, with_seed
 from mtl.studies.figures import COLOUR, REFERENCE, save
 from mtl.studies.jobs import Job
@@ -20,6 +21,27 @@ def weights_of(ratio: float) -> tuple[float, float]:
     """Return α and β of a ratio, with α + β = 2 as with equal weights, so that the losses' scale stays as it is."""
     alpha, beta = 2 * ratio / (1 + ratio), 2 / (1 + ratio)
     return float(f"{alpha:.6g}"), float(f"{beta:.6g}")
+
+
+def check_ratios(ratios: Sequence[float]) -> None:
+    """Refuse ratios that are so close that their weights are the same.
+
+    Raises:
+        UserError: Two are.
+    """
+    known: dict[tuple[float, float], float] = {}
+    for ratio in ratios:
+        alpha, beta = weights_of(ratio)
+        if (other := known.setdefault((alpha, beta), ratio)) != ratio:
+            raise UserError(
+                f"--ratios {_short(other)} and {_short(ratio)} are the same weights, {alpha:g} and {beta:g} in six "
+                "digits; leave one out"
+            )
+
+
+def _short(ratio: float) -> str:
+    """Return a ratio with as many digits as tell it from any other."""
+    return str(float(ratio)).removesuffix(".0")
 
 
 def plan(experiment: Experiment, ratios: Sequence[float], seeds: Sequence[int], held: Held) -> list[Entry]:
@@ -39,8 +61,9 @@ def plan(experiment: Experiment, ratios: Sequence[float], seeds: Sequence[int], 
         weights = dict(zip(experiment.task, weights_of(ratio), strict=True))
         # Written as the configuration's own default where it is one, so that such a run of another study is found.
         changes = {"loss_weights": {} if ratio == 1 else weights}
-        jobs = [Job(f"{ratio:g}:1, seed {s}", with_seed(experiment, s, changes), then=held.then) for s in seeds]
-        entries.append(Entry(f"{ratio:g}:1", [[job] for job in jobs]))
+        label = f"{_short(ratio)}:1"
+        jobs = [Job(f"{label}, seed {s}", with_seed(experiment, s, changes), then=held.then) for s in seeds]
+        entries.append(Entry(label, [[job] for job in jobs]))
     return entries
 
 

@@ -70,6 +70,14 @@ def test_the_report_marks_what_is_pareto_optimal(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_rows_of_different_weights_have_different_names() -> None:
+    ratios = [1e-6, 0.1, 1.0, 1.00001, 999_999.0, 1e6]
+    entries = plan(validate({"task": ["segmentation", "depth"]}), ratios, [0], Held(False, "gain", False))
+    labels = [entry.label for entry in entries[1:]]
+    assert len(set(labels)) == len(ratios) and [float(label.partition(":")[0]) for label in labels] == ratios
+    assert labels[1:3] == ["0.1:1", "1:1"]
+
+
 def test_what_failed_is_no_point_of_the_front(tmp_path: Path) -> None:
     held = Held(False, "gain", False)
     entries = plan(validate({"task": ["segmentation", "depth"]}), [1.0], [0], held)
@@ -86,8 +94,14 @@ def test_what_failed_is_no_point_of_the_front(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--ratios", "0", "1"], "--ratios 0 must be positive and finite"),
-        (["--ratios", "inf"], "--ratios inf must be positive and finite"),
+        (["--ratios", "0", "1"], "--ratios 0: a ratio must be from 1e-06 to 1e+06"),
+        (["--ratios", "inf"], "--ratios inf: a ratio must be from"),
+        (["--ratios", "nan"], "--ratios nan: a ratio must be from"),
+        (["--ratios", "1e308"], "--ratios 1e+308: a ratio must be from"),
+        (["--ratios", "1", "1.0000001"], "--ratios 1 and 1.0000001 are the same weights, 1 and 1 in six digits"),
+        (["--weighting-every", "2"], "--weighting-every 2 is for rules that compare gradients"),
+        (["--weighting-options", "alpha=1"], "the rule 'fixed' has none"),
+        (["--warmup", "100000"], "--warmup 100000 is not shorter than the training"),
         (["--ratios"], "--ratios names none"),
         (["--ratios", "2", "2"], "--ratios names 2.0 twice"),
         (["--task", "depth"], "name two"),

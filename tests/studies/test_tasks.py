@@ -10,7 +10,9 @@ import pytest
 
 from mtl import registry
 from mtl.cli import main
+from mtl.cli.jobs import results_folder
 from mtl.config import validate
+from mtl.errors import UserError
 from mtl.studies.comparison import Comparison, Held, alone, jobs_of, measures_of
 from mtl.studies.jobs import Failure, Job, Outcome, Result, Runner
 from mtl.studies.tables import Measure
@@ -74,6 +76,24 @@ def test_the_plan() -> None:
     fixed, pcgrad = (entries[place].jobs[1][0].experiment for place in (1, 2))
     assert (fixed.weighting, fixed.loss_weights, fixed.seed) == ("fixed", {"depth": 0.5}, 5)
     assert (pcgrad.weighting, pcgrad.loss_weights, pcgrad.seed) == ("pcgrad", {}, 5)
+
+
+def test_what_concerns_gradients_is_said_to_the_rules_that_compare_them() -> None:
+    held = Held(test=False, monitor="gain", patience=False)
+    common = {"task": ["segmentation", "depth"]}
+    given = validate(common | {"weighting_on": "parameters", "weighting_every": 2})
+    single, equal, mgda = plan(given, ["equal", "mgda"], [0], held)
+    experiment = mgda.jobs[0][0].experiment
+    assert (experiment.weighting_on, experiment.weighting_every) == ("parameters", 2)
+    assert mgda.label == "mgda (on parameters, every 2)" and mgda.jobs[0][0].name == f"{mgda.label}, seed 0"
+    # The others are the same trainings as without, and so found again by a study on features.
+    plain = plan(validate(common), ["equal", "mgda"], [0], held)
+    assert [entry.label for entry in plain] == [single.label, "equal", "mgda"]
+    for one, other in ((single, plain[0]), (equal, plain[1])):
+        assert [job.experiment for job in one.jobs[0]] == [job.experiment for job in other.jobs[0]]
+    _, options = plan(validate(common | {"weighting_options": {"alpha": 1}}), ["gradnorm"], [0], held)
+    assert options.label == "gradnorm (alpha=1)"
+    assert options.jobs[0][0].experiment.weighting_options == {"alpha": 1}
 
 
 def test_where_there_is_a_test_split_the_best_checkpoint_is_measured_on_it(tmp_path: Path) -> None:
@@ -216,6 +236,14 @@ def test_a_failed_training_is_named_and_the_table_is_still_written(
         (["--task", "depth"], "--task depth: this study compares"),
         (["--weighting", "equal"], "--weighting equal: this study tries several rules"),
         (["--monitor", "depth/rmsee"], "--monitor 'depth/rmsee' is not measured (did you mean 'depth/rmse'?)"),
+        (["--warmup", "100000", "--rules", "mgda"], "--warmup 100000 is not shorter than the training of"),
+        (["--freeze", "--unfreeze-at", "5", "--max-steps", "3"], "--unfreeze-at 5 comes after"),
+        (["--rules", "mgda", "gradnorm", "--weighting-options", "alpha=1"], "this study tries 2 rules"),
+        (["--weighting-options", "alpha=1"], "this study tries 11 rules"),
+        (["--rules", "cagrad", "--weighting-options", "alfa=1"], "alfa"),
+        (["--rules", "equal", "dwa", "--weighting-every", "2"], "--weighting-every 2 is for rules that compare"),
+        (["--rules", "equal", "--weighting-on", "parameters"], "none of --rules equal does"),
+        (["--name", "jobs"], "--name jobs:"),
         (["--rule", "equal"], "--rule is no flag (did you mean '--rules'?)"),
     ],
 )
@@ -230,6 +258,53 @@ def test_bad_input_is_refused_before_anything_is_trained(
     assert main(["study", "tasks", *tiny, *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+    assert in_process == [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("file", ["runs", "runs/tasks", "runs/jobs", "runs/jobs/logs"])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_trained(
+    file: str, tiny: list[str], tmp_path: Path, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    assert main(["study", "tasks", *tiny, "--rules", "equal", "--seeds", "0"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is no folder" in error and error.count("\n") == 1
+    assert in_process == [] and path.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="File name too long"):
+        results_folder(validate({"name": "x" * 300, "output_dir": str(tmp_path)}), "tasks")
+    assert results_folder(validate({"output_dir": str(tmp_path / "new" / "deep")}), "tasks").name == "tasks"
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG_SHAPE = """
+import mtl
+import torch
+
+@mtl.register_weighting("one-short")
+class OneShort(mtl.Weighting):
+    def forward(self, step):
+        return torch.ones(len(step.losses) - 1)
+"""
+
+
+def test_a_rule_of_a_plugin_is_tried_before_anything_is_trained(
+    tiny: list[str],
+    tmp_path: Path,
+    in_process: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    request.addfinalizer(registry.clear)
+    (tmp_path / "mine.py").write_text(WRONG_SHAPE)
+    words = ["--plugin", str(tmp_path / "mine.py"), "--rules", "equal", "one-short", "--seeds", "0"]
+    assert main(["study", "tasks", *tiny, *words]) == 2
+    error = capsys.readouterr().err
+    assert "mine.py" in error and "must give 2 floats" in error and error.count("\n") == 1
     assert in_process == [] and not (tmp_path / "runs").exists()
 
 
