@@ -104,7 +104,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     folder = resume or surroundings.folder or new_folder(experiment)
     first = surroundings.rank == 0
     # A damaged checkpoint is refused before the data is read.
-    thawed_at = _check_resumable(experiment, resume / "last.ckpt")["thawed_at"] if resume else None
+    stored = _check_resumable(experiment, resume / "last.ckpt") if resume else None
+    thawed_at = stored["thawed_at"] if stored else None
     lightning.seed_everything(experiment.seed, verbose=False)
     training = load_samples(experiment, "train", surroundings)
     validation = load_samples(experiment, "validation", surroundings)
@@ -117,6 +118,9 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         _prepare(module, experiment, training, surroundings)
     if adapters := adapt(module):
         surroundings.say(str(adapters))
+    if resume and stored:
+        # Lightning restores it all; what does not fit is to be said before anything is written.
+        load_weights(module, stored["state_dict"], resume / "last.ckpt")
     if note := unbalanced(experiment, module.balancer.rule.needs_gram):
         surroundings.say(note)
     sizes = [(p.numel(), p.requires_grad) for p in module.model.parameters()]

@@ -166,6 +166,33 @@ def weigh(rule: Weighting, step: Step, number: int) -> Tensor:
     return _checked_weights(rule, step, f" at step {number}")
 
 
+def objective_of(rule: Weighting, step: Step, number: int) -> Tensor | None:
+    """Return what a rule's own parameters are to minimise, or None.
+
+    Args:
+        rule: The rule.
+        step: What it is shown.
+        number: Optimizer steps done, for the message.
+
+    Raises:
+        UserError: A plugin's rule raises, or the objective is no finite scalar.
+    """
+    with in_plugin_of(rule, f"objective at step {number}"):
+        objective = rule.objective(_copy(step))
+        if objective is None:
+            return None
+        if not isinstance(objective, Tensor) or objective.shape != () or not math.isfinite(objective.item()):
+            raise UserError(
+                f"the objective of {title_of(rule)} at step {number} is {objective}, and must be a finite scalar tensor"
+            )
+    return objective
+
+
+def _copy(step: Step) -> Step:
+    """Return the same, of which a user's code may do what it likes."""
+    return Step(*(values.clone() for values in step))
+
+
 def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
     """Try a copy of a rule for a few steps, before any training depends on it.
 
@@ -177,6 +204,8 @@ def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
         UserError: The rule raises, or returns what `Weighting` does not allow.
     """
     title = title_of(rule)
+    if rule.needs_second_forward and type(rule).look_again is Weighting.look_again:
+        raise UserError(f"{title} needs a second forward pass, and has no look_again to see its losses")
     with in_plugin(file_of(rule) or type(rule).__name__, f"trying {title}"):
         tried = copy.deepcopy(rule).train()
         parameters = list(tried.parameters())
@@ -188,26 +217,32 @@ def check_weighting(rule: Weighting, tasks: Sequence[str]) -> None:
             gram = (torch.eye(len(tasks)) + 0.5).double() if rule.needs_gram else torch.zeros(0, 0).double()
             step = Step(losses[present], present, gram[present][:, present] if rule.needs_gram else gram)
             when = f" where {unlabelled!r} has no labels" if unlabelled else ""
-            if not _checked_weights(tried, step, when).any():
-                raise UserError(f"{title} gives every task the weight 0, and one must have another")
+            _checked_weights(tried, step, when)
             tried.asked += 1
-            objective = tried.objective(step)
+            objective = objective_of(tried, step, number)
             if optimizer is not None:
-                if not isinstance(objective, Tensor) or objective.shape != () or not objective.requires_grad:
+                if objective is None or not objective.requires_grad:
                     raise UserError(
                         f"{title} has parameters, and its objective{when} must be a scalar that teaches them"
                     )
                 optimizer.zero_grad()
                 torch.autograd.backward(objective)
                 optimizer.step()
-            tried.look_again(step, step.losses / 2)
+            tried.look_again(_copy(step), step.losses / 2)
             tried.end_epoch()
+        resumed = copy.deepcopy(rule).train()
+        resumed.load_state_dict(tried.state_dict())
+        if not torch.equal(_checked_weights(tried, step, ""), _checked_weights(resumed, step, "")):
+            raise UserError(
+                f"{title} remembers something that is not in its state_dict, so that a resumed run would not go on as "
+                "before; keep it in buffers (register_buffer)"
+            )
 
 
 def _checked_weights(rule: Weighting, step: Step, when: str) -> Tensor:
     title = title_of(rule)
     with in_plugin_of(rule, f"forward{when}"):
-        weights = rule(step)
+        weights = rule(_copy(step))
         count = len(step.losses)
         if not isinstance(weights, Tensor):
             raise UserError(f"{title} gives a {type(weights).__name__}, and must give a tensor of {count} weights")
@@ -220,6 +255,8 @@ def _checked_weights(rule: Weighting, step: Step, when: str) -> Tensor:
                     f"{title} gives {rule.tasks[place]!r} the weight {value}{when}; weights are finite, and 0 or more "
                     "unless they come from gradients"
                 )
+        if not weights.any():
+            raise UserError(f"{title} gives every task the weight 0{when}, and one must have another")
     return weights.detach().double()
 
 

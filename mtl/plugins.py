@@ -16,6 +16,7 @@ from mtl.data.sample import TARGETS
 from mtl.errors import UserError, nearest
 from mtl.tasks.base import Task
 from mtl.weighting.base import Weighting
+from mtl.weighting.rules import RULES
 
 _REGISTRIES: tuple[registry.Registry[Any], ...] = (registry.tasks, registry.data_sets, registry.weightings)
 
@@ -100,7 +101,7 @@ def title_of(part: Task | Weighting) -> str:
     """Return what to call a task or rule in a sentence."""
     if isinstance(part, Task):
         return f"the task {part.name!r}"
-    names = [name for name, rule in registry.weightings.items() if rule is type(part)]
+    names = [name for name, rule in (RULES | registry.weightings).items() if rule is type(part)]
     return f"the weighting rule {(names or [type(part).__name__])[0]!r}"
 
 

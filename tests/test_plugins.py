@@ -318,6 +318,39 @@ def test_a_rule_that_learns_passes_and_is_left_as_it_was(tmp_path: Path) -> None
     assert weights.tolist() == [0.5, 0.5] and made.calls == 1 and not weights.requires_grad
 
 
+BROKEN = [
+    (
+        "    def objective(self, step):\n        raise ValueError('no')\n\n",
+        "",
+        ["objective", "ValueError: no"],
+    ),
+    ("    def objective(self, step):\n        return step.losses\n\n", "", ["objective", "finite scalar"]),
+    ("    def end_epoch(self):\n        raise ValueError('no')\n\n", "", ["line 7", "ValueError: no"]),
+    ("    needs_second_forward = True\n\n", "", ["no look_again"]),
+    ("", "self.n = getattr(self, 'n', 0) + 1\n", ["not in its state_dict", "buffers"]),
+]
+
+
+@pytest.mark.parametrize(("before", "body", "said"), BROKEN, ids=range(len(BROKEN)))
+def test_whatever_a_rule_has_is_tried(before: str, body: str, said: list[str], tmp_path: Path) -> None:
+    made = rule(body + "return step.losses + getattr(self, 'n', 0)", tmp_path, before=before)
+    with pytest.raises(UserError) as error:
+        check_weighting(made, ["a", "b"])
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in said)
+
+
+def test_what_a_rule_does_to_the_losses_it_is_shown_stays_with_it(tmp_path: Path) -> None:
+    made, shown = (
+        rule("step.losses.zero_()\nstep.present.add_(7)\nreturn step.losses + 1", tmp_path),
+        step(torch.ones(2)),
+    )
+    assert (
+        weigh(made, shown, 0).tolist() == [1, 1]
+        and shown.losses.tolist() == [1, 1]
+        and shown.present.tolist() == [0, 1]
+    )
+
+
 def test_a_rule_with_parameters_and_nothing_to_learn_them_by_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'mine' has parameters, and its objective must be a scalar that teaches"):
         check_weighting(rule("return self.logits[step.present].softmax(0)", tmp_path, before=LEARNT), ["a", "b"])
@@ -336,7 +369,7 @@ def test_a_wrong_rule_leaves_no_folder_and_a_late_one_says_its_step(
     words = ["--plugin", str(tmp_path / "rules.py"), "--weighting", "mine", "--task", "depth", "--max-steps", "9"]
     assert run("train", *words, *tiny) == 2
     assert "tensor of 1 weights" in capsys.readouterr().err and not (tmp_path / "runs").exists()
-    rule("self.n = getattr(self, 'n', 0) + 1\nreturn 0 * step.losses + 5.0 - self.n", tmp_path)
+    rule("return 0 * step.losses + 4.5 - 1.1 * self.asked", tmp_path)
     assert run("train", *words, *tiny) == 2
     said = capsys.readouterr().err
     assert "'mine' gives 'depth' the weight -1.0 at step 5" in said and said.count("\n") == 1

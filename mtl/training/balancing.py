@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from mtl.errors import UserError
 from mtl.models.backbone import Pyramid
-from mtl.plugin_checks import weigh
+from mtl.plugin_checks import objective_of, weigh
+from mtl.plugins import in_plugin_of
 from mtl.tasks.base import most_precise
 from mtl.weighting.base import HostModule, Step, Weighting
 
@@ -104,10 +105,13 @@ class LossBalancer(HostModule):
 
     Attributes:
         held: The present weights (T,) of all tasks, a buffer.
+        weighed: Which tasks (T,) the rule has weighed, a buffer; the others have what `Weighting.unseen` says.
         shown: What the rule was shown when it was last asked.
+        asked_at: Optimizer steps done when it was, in this process.
     """
 
     held: Tensor
+    weighed: Tensor
 
     def __init__(
         self,
@@ -120,13 +124,16 @@ class LossBalancer(HostModule):
         self.rule = rule
         self.every, self.on, self.own_heads = every, on, heads == "own"
         self.register_buffer("held", torch.ones(len(rule.tasks), dtype=torch.float64))
+        self.register_buffer("weighed", torch.zeros(len(rule.tasks), dtype=torch.bool))
         self.shown: Step | None = None
-        self._asked_at: int | None = None
+        self.asked_at: int | None = None
 
     def asks(self, step: int) -> bool:
         """Return whether the rule is asked in the next batch, the optimizer having done so many steps."""
+        if self.rule.needs_gram and len(self.rule.tasks) < 2:
+            return False
         due = step % self.every == 0 or int(self.rule.asked) == 0
-        return due and step != self._asked_at
+        return due and step != self.asked_at
 
     def cuts(self, step: int, backbone_learns: bool, *, measure: bool) -> bool:
         """Return whether the next batch is to be computed with the features cut off from the backbone.
@@ -136,9 +143,10 @@ class LossBalancer(HostModule):
             backbone_learns: Whether gradients can meet anywhere.
             measure: Whether it is to be known how they meet, for a person to see.
         """
-        if len(self.rule.tasks) < 2 or not backbone_learns:
-            return False
-        return measure or self.own_heads or (self.rule.needs_gram and self.asks(step))
+        if not backbone_learns or self.own_heads:
+            return backbone_learns
+        compares = measure or (self.rule.needs_gram and self.asks(step))
+        return (compares and len(self.rule.tasks) > 1) or bool((self.held < 0).any())
 
     def forward(
         self,
@@ -176,7 +184,7 @@ class LossBalancer(HostModule):
             torch.stack([loss.detach() for loss in losses.values()]),
             torch.stack([labelled[task] for task in losses]),
             gram,
-            torch.ones(()) if found is None else found.scale,
+            torch.ones((), dtype=torch.float32) if found is None else found.scale,
         )
         present = counts > 0
         for task, value in zip(losses, values.tolist(), strict=True):
@@ -195,10 +203,10 @@ class LossBalancer(HostModule):
             assert cut is not None
             total = self._deliver(losses, weights, found, heads)
         else:
-            total = torch.stack([loss * weights[task] for task, loss in losses.items()]).sum()
+            total = torch.stack([loss * self._of_head(weights[task]) for task, loss in losses.items()]).sum()
         # A rule that sees gradients learns from what it was asked with; others see every batch.
         learns = len(there) > 0 and (asked or not self.rule.needs_gram)
-        objective = self.rule.objective(seen) if learns else None
+        objective = objective_of(self.rule, seen, step) if learns else None
         if objective is not None:
             # Only its gradient is wanted: the total stays the weighted sum of the losses.
             total = total + (objective - objective.detach()).to(total)
@@ -207,6 +215,11 @@ class LossBalancer(HostModule):
         if found is not None:
             terms |= meeting(names, gram[there][:, there], [weights[name] for name in names])
         return Balance(total, terms, seen)
+
+    def _of_head(self, weight: float) -> float:
+        """Return what a head's own gradient is multiplied by, and, where no backbone learns, its loss."""
+        # A rule may turn the shared features away from a task; its own head is never to unlearn it.
+        return 1.0 if self.own_heads else abs(weight)
 
     def _ask(self, seen: Step, step: int, gram: Tensor, tasks: Sequence[str], *, can_overflow: bool) -> bool:
         """Ask the rule for new weights, where it is time and there is something to weigh, and return whether it was."""
@@ -220,9 +233,12 @@ class LossBalancer(HostModule):
                 f"the gradient of the task {task!r} is not finite at step {step}, so training stopped before it "
                 f"reached the weights; {_REMEDY}"
             )
-        self.held[seen.present] = weigh(self.rule, seen, step)
+        weights = weigh(self.rule, seen, step)
+        self.held[seen.present] = weights
+        self.weighed[seen.present] = True
+        self.held[~self.weighed] = self.rule.unseen(weights)[~self.weighed]
         self.rule.asked += 1
-        self._asked_at, self.shown = step, seen
+        self.asked_at, self.shown = step, seen
         return True
 
     def look_again(self, losses: Mapping[str, Tensor]) -> None:
@@ -235,14 +251,15 @@ class LossBalancer(HostModule):
         (values,) = means_on_host(torch.stack(list(losses.values())))
         values = values[self.shown.present]
         if values.isfinite().all():  # otherwise training stops at the next step, which will say so
-            self.rule.look_again(self.shown, values)
+            with in_plugin_of(self.rule, "look_again"):
+                self.rule.look_again(self.shown, values)
 
     def _gradients(
         self, losses: Mapping[str, Tensor], heads: Mapping[str, Sequence[Tensor]], cut: Cut, scale: Tensor | None
     ) -> _Gradients:
         """Take each loss back to the features and, where gradients are to meet there, to the backbone's parameters."""
         first = next(iter(losses.values()))
-        unit = torch.ones((), device=first.device) if scale is None else scale.detach()
+        unit = torch.ones((), dtype=torch.float32, device=first.device) if scale is None else scale.detach()
         on_features = self.on == "features"
         found = _Gradients(unit, cut.features if on_features else cut.backbone)
         # Backward passes run in the precision of their forward pass, whatever surrounds them.
@@ -270,8 +287,7 @@ class LossBalancer(HostModule):
             _combine([(weights[task], found.shared[task][place]) for task in losses]) for place in range(len(into))
         ]
         for task in losses:
-            # A rule may turn the shared features away from a task; its own head is never to unlearn it.
-            factor = 1.0 if self.own_heads else abs(weights[task])
+            factor = self._of_head(weights[task])
             into += heads[task]
             gradients += [None if g is None else g * factor for g in found.heads[task]]
         if _world_size() > 1:
@@ -352,7 +368,9 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]], of: Sequence[Tenso
         gradients: For each task its gradient of each tensor, or None for zero.
         of: The tensors.
     """
-    matrix = torch.zeros(len(gradients), len(gradients), device=of[0].device)
+    # In single precision at least, whatever the default is.
+    precision = torch.promote_types(of[0].dtype, torch.float32)
+    matrix = torch.zeros(len(gradients), len(gradients), dtype=precision, device=of[0].device)
     for place, tensor in enumerate(of):
         flat = [None if g[place] is None else _flat(g[place], tensor) for g in gradients]
         for i, first in enumerate(flat):
@@ -367,7 +385,7 @@ def _flat(gradient: Tensor | None, like: Tensor) -> Tensor:
     assert gradient is not None
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         gradient = gradient.permute(0, 2, 3, 1)
-    return gradient.reshape(-1).float()
+    return gradient.reshape(-1).to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def meeting(names: Sequence[str], gram: Tensor, weights: Sequence[float]) -> dict[str, float]:

@@ -124,7 +124,7 @@ class MultiTaskModule(lightning.LightningModule):
         """Return the weighted sum of the tasks' losses, whose backward pass is what the weighting makes of it."""
         step = self.global_step
         if self.balancer.rule.needs_second_forward and self.balancer.asks(step):
-            self._again = _Again(batch, Generators(self.device))
+            self._again = _Again(step, batch, Generators(self.device))
         learns = any(p.requires_grad for p in self.model.backbone.parameters())
         measures = (step + 1) % LOG_EVERY == 0
         cut = Cut(self.model.backbone) if self.balancer.cuts(step, learns, measure=measures) else None
@@ -168,7 +168,7 @@ class MultiTaskModule(lightning.LightningModule):
             precision: In which the training step was computed.
         """
         again, self._again = self._again, None
-        if again is None or self.balancer.shown is None:
+        if again is None or self.balancer.asked_at != again.step:
             return
         # As the first time: the same random choices, and nothing of the batch counted twice in running statistics.
         kept = [buffer.clone() for buffer in self.model.buffers()]
@@ -180,7 +180,8 @@ class MultiTaskModule(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Tell the weighting rule."""
-        self.balancer.rule.end_epoch()
+        with in_plugin_of(self.balancer.rule, "end_epoch"):
+            self.balancer.rule.end_epoch()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
@@ -242,6 +243,7 @@ class MultiTaskModule(lightning.LightningModule):
 class _Again(NamedTuple):
     """A batch that is to be looked at again after the optimizer step, and the generators as they were before it."""
 
+    step: int
     batch: Batch
     generators: "Generators"
 

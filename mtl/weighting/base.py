@@ -77,6 +77,14 @@ class Weighting(HostModule, ABC):
             step: What there is to see.
         """
 
+    def unseen(self, weights: Tensor) -> Tensor:
+        """Return weights (T,) of all tasks, which those have that have had no label so far: the mean of the others'.
+
+        Args:
+            weights: Those of the present tasks, as `forward` has just returned them.
+        """
+        return weights.abs().mean().repeat(len(self.tasks))
+
     def objective(self, step: Step) -> Tensor | None:
         """Return a scalar that the rule's own parameters are to minimise, or None if it has none.
 

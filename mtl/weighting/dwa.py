@@ -20,14 +20,14 @@ class DWA(Weighting):
 
     Args:
         tasks: Each task's likelihood by its name.
-        temperature: Positive; the larger, the more equal the weights.
+        temperature: From 0.001 to 1000; the larger, the more equal the weights.
 
     Attributes:
         last: Each task's mean loss in the last epoch that had its labels, NaN before one had.
         before: The same of the epoch before that one.
 
     Raises:
-        UserError: The temperature is not positive.
+        UserError: The temperature is out of this range.
     """
 
     last: Tensor
@@ -35,10 +35,10 @@ class DWA(Weighting):
 
     def __init__(self, tasks: Mapping[str, str], temperature: float = 2.0) -> None:
         super().__init__(tasks)
-        if not 0 < temperature < math.inf:
+        if not 1e-3 <= temperature <= 1e3:
             raise UserError(
-                f"--weighting-options temperature={temperature}: the temperature of dwa is a positive number;"
-                " the paper's is 2"
+                f"--weighting-options temperature={temperature}: the temperature of dwa is a number from 0.001 to"
+                " 1000; the paper's is 2"
             )
         self.temperature = temperature
         self.means = EpochMeans(len(tasks))

@@ -1,6 +1,5 @@
 """FAMO: all losses fall at the same rate, with no gradient of a single task."""
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -48,14 +47,14 @@ class FAMO(Weighting):
 
     def __init__(self, tasks: Mapping[str, str], lr: float = 0.025, decay: float = 1e-3) -> None:
         super().__init__(tasks)
-        if not 0 < lr < math.inf:
+        if not 0 < lr <= 1:
             raise UserError(
-                f"--weighting-options lr={lr}: the learning rate of famo's logits is a positive number;"
+                f"--weighting-options lr={lr}: the learning rate of famo's logits is positive, and 1 at most;"
                 " the paper's is 0.025"
             )
-        if not 0 <= decay < math.inf:
+        if not 0 <= decay <= 1:
             raise UserError(
-                f"--weighting-options decay={decay}: the decay of famo's logits is 0 or more; the paper's is 0.001"
+                f"--weighting-options decay={decay}: the decay of famo's logits is from 0 to 1; the paper's is 0.001"
             )
         self.lr, self.decay = lr, decay
         for name in ("logits", "means", "squares", "steps"):

@@ -23,6 +23,10 @@ class Fixed(Weighting):
         given = weights or {}
         self.register_buffer("weights", torch.tensor([given.get(t, 1.0) for t in self.tasks], dtype=torch.float64))
 
+    def unseen(self, weights: Tensor) -> Tensor:
+        """Return the weights (T,) of all tasks."""
+        return self.weights
+
     def forward(self, step: Step) -> Tensor:
         """Return the weights (T,) of the present tasks."""
         return self.weights[step.present]

@@ -1,6 +1,7 @@
 """One backward pass, whatever the rule: against plain autograd, one task at a time."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -203,19 +204,34 @@ class TestMeeting:
 
 class TestMissing:
     @pytest.mark.parametrize("on", ["features", "parameters"])
-    def test_a_task_without_labels_is_not_shown(self, on: str) -> None:
+    def test_a_task_without_labels_is_not_shown(self, on: str, monkeypatch: pytest.MonkeyPatch) -> None:
         trained = module(on=on)
+        trained.training_step(batch(), 0)
+        monkeypatch.setattr(MultiTaskModule, "global_step", 1)
         data = batch()
         data["depth"].zero_()
-        expected = weighted(each_alone(trained, data), dict(zip(TASKS, [0.3, 1.0, 0.7], strict=True)))
+        expected = weighted(each_alone(trained, data), dict(zip(TASKS, WEIGHTS, strict=True)))
         trained.training_step(data, 0).backward()
-        (step,) = trained.balancer.rule.seen
+        step = trained.balancer.rule.seen[1]
         assert step.present.tolist() == [0, 2] and step.gram.shape == (2, 2) and step.losses.shape == (2,)
-        assert trained.balancer.held.tolist() == [0.3, 1.0, 0.7], "its weight stays as it was"
+        assert trained.balancer.held.tolist() == WEIGHTS, "its weight stays as it was"
         found = gradients(trained)
         assert_close(found, expected)
         assert not any(g.any() for name, g in found.items() if name.startswith("heads.depth"))
         assert "train/loss/depth" not in trained.terms
+
+    def test_a_task_without_any_label_so_far_has_the_mean_weight_or_the_given_one(self) -> None:
+        trained, data = module(), batch()
+        data["depth"].zero_()
+        trained.training_step(data, 0)
+        assert trained.balancer.held.tolist() == pytest.approx([0.3, 0.5, 0.7])
+        fixed = build_module(validate({"task": TASKS, "init": "none", "loss_weights": {"depth": 0.01}}), INFO, 10)
+        losses = {task: torch.ones(()) for task in TASKS}
+        labelled = {task: torch.tensor(task != "depth") for task in TASKS}
+        fixed.balancer(losses, labelled, {}, None, 0)
+        assert fixed.balancer.held.tolist() == [1.0, 0.01, 1.0]
+        later = fixed.balancer(losses, dict.fromkeys(TASKS, torch.tensor(True)), {}, None, 0)
+        assert later.terms["train/weight/depth"] == 0.01, "within the same optimizer step"
 
     def test_nothing_labelled_is_no_question(self) -> None:
         trained = module()
@@ -272,3 +288,79 @@ class TestQuestions:
         }.items():
             with pytest.raises(UserError, match=flag + ".*'equal'"):
                 build_module(validate({"task": TASKS, "init": "none", "weighting": "equal"} | fields), INFO, 1)
+
+    @pytest.mark.parametrize("cut", [True, False])
+    def test_a_negative_weight_never_makes_a_head_unlearn(self, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor in the batches in which the rule is not asked, where the backbone still turns away."""
+        trained = module()
+        trained.balancer.rule.forward = lambda step: torch.tensor([-0.5, 1.0, 1.0], dtype=torch.float64)
+        data = batch()
+        alone = each_alone(trained, data)
+        expected = weighted(alone, {"segmentation": -0.5, "depth": 1.0, "normals": 1.0})
+        for name, gradient in alone["segmentation"].items():
+            if name.startswith("heads.segmentation"):
+                expected[name] = 0.5 * gradient
+        if not cut:
+            trained.training_step(data, 0)  # asks; the next batch is of the same step
+        trained.training_step(data, 0).backward()
+        assert_close(gradients(trained), expected)
+
+    @pytest.mark.parametrize("fields", [{"freeze": True}, {"tasks": ["depth"]}])
+    def test_heads_of_their_own_where_nothing_meets(self, fields: dict) -> None:
+        trained = module(Constant, heads="own", **fields)
+        data = batch()
+        alone = each_alone(trained, data)
+        weights = dict.fromkeys(alone, 0.01)
+        trained.training_step(data, 0).backward()
+        assert_close(gradients(trained), weighted(alone, weights, own=True))
+
+    def test_the_matrix_is_precise_whatever_the_default_type(self) -> None:
+        vectors = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+        vectors[1] = vectors[0] + 1e-3 * vectors[1]
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = gram_matrix([[vectors[0]], [vectors[1]]], [vectors[0]])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        exact = vectors.double() @ vectors.double().T
+        assert torch.allclose(found.double(), exact, rtol=1e-6)
+
+    def test_a_second_look_is_at_the_batch_of_the_question(self) -> None:
+        trained = module(Looking)
+        data = batch()
+        trained.training_step(data, 0).backward()
+        with torch.no_grad():
+            for parameter in trained.model.heads.parameters():
+                parameter -= 0.01 * parameter.grad
+        trained.look_again(nullcontext())
+        ((before, after),) = trained.balancer.rule.looks
+        outputs = trained.model(data["image"])
+        expected = [float(task.loss(outputs[task.name], data).detach()) for task in trained.each_task()]
+        assert after == pytest.approx(expected, rel=1e-5) and before != pytest.approx(expected, rel=1e-5)
+        for name in ("depth", "normals"):
+            data[name].zero_()
+        data["segmentation"].fill_(255)
+        trained.balancer.asked_at = -1
+        trained.training_step(data, 0)
+        trained.look_again(nullcontext())
+        assert len(trained.balancer.rule.looks) == 1, "without a question there is nothing to look at"
+
+
+class Constant(Weighting):
+    """A hundredth for all."""
+
+    def forward(self, step: Step) -> Tensor:
+        return torch.full_like(step.losses, 0.01)
+
+
+class Looking(Constant):
+    """A memory of losses before and after a step."""
+
+    needs_second_forward = True
+
+    def __init__(self, tasks: Mapping[str, str]) -> None:
+        super().__init__(tasks)
+        self.looks: list[tuple[list[float], list[float]]] = []
+
+    def look_again(self, before: Step, losses: Tensor) -> None:
+        self.looks.append((before.losses.tolist(), losses.tolist()))
