@@ -8,6 +8,11 @@ import torch
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before albumentations is imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores: more threads than cores are many times slower.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:

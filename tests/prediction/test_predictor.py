@@ -245,7 +245,6 @@ class TestInputs:
             (torch.full((3, 4, 4), torch.nan), "nan"),
             (np.zeros((1, 4000, 3), np.uint8), "4000x1 .*would have to be enlarged to 96000x24"),
         ],
-        ids=str,
     )
     def test_what_is_no_image_is_a_sentence(self, image: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mtl.prediction.predictor._LARGEST", 2**20)

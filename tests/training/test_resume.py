@@ -62,10 +62,7 @@ VARIANTS = {
     "accumulate": ["--epochs", "3", "--checkpoint-every", "1", "--accumulate", "2", "--optimizer", "sgd"],
     "uncertainty": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "uncertainty"],
     "famo": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "famo", "--accumulate", "2"],
-    "dwa": ["--max-steps", "18", "--checkpoint-every", "5", "--weighting", "dwa"],
-    "random": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "random"],
-    "pcgrad": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "pcgrad", "--weighting-every", "3"],
-    "gradvac": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "gradvac"],
+    "gradvac": ["--max-steps", "18", "--checkpoint-every", "2", "--weighting", "gradvac", "--weighting-every", "3"],
     "gradnorm": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "gradnorm", "--weighting-on", "parameters"],
     "validate": ["--max-steps", "16", "--checkpoint-every", "4", "--validate-every", "4"],
 }
