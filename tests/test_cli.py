@@ -333,4 +333,4 @@ class TestBadInput:
         words = ["--task", "depth", "--lr", "1e30", "--optimizer", "sgd", "--max-steps", "30"]
         assert run("train", *words, *tiny) == 2
         error = capsys.readouterr().err
-        assert "train/loss" in error and "--lr" in error
+        assert "the loss of the task 'depth' became" in error and "--lr" in error
