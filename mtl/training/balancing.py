@@ -13,7 +13,7 @@ from mtl.errors import UserError
 from mtl.models.backbone import Pyramid
 from mtl.plugin_checks import objective_of, weigh
 from mtl.plugins import in_plugin_of
-from mtl.tasks.base import most_precise
+from mtl.tasks.base import most_precise, over_ranks, ranks
 from mtl.weighting.base import HostModule, Step, Weighting
 
 _REMEDY = "a lower --lr, --clip 1 or --precision 32-true usually helps"
@@ -27,14 +27,15 @@ class Cut:
 
     Args:
         backbone: What of the backbone learns.
+        compares: Whether it is to be known how the gradients meet, and not only to be delivered what they are.
 
     Attributes:
         features: The features as the backbone gives them, those that have a graph.
         leaves: The same, detached, as the heads read them.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
-        self.backbone = [p for p in backbone.parameters() if p.requires_grad]
+    def __init__(self, backbone: Sequence[nn.Parameter], *, compares: bool) -> None:
+        self.backbone, self.compares = backbone, compares
         self.features: list[Tensor] = []
         self.leaves: list[Tensor] = []
 
@@ -61,12 +62,10 @@ class Balance:
         total: The weighted sum; its ``backward()`` reaches every parameter once.
         terms: What there is to record: raw losses and weights by task, their sum, and, where gradients were compared,
             each task's share of their norm and the cosine of each pair.
-        step: What a rule sees of the batch.
     """
 
     total: Tensor
     terms: dict[str, float]
-    step: Step
 
 
 @dataclass
@@ -135,18 +134,19 @@ class LossBalancer(HostModule):
         due = step % self.every == 0 or int(self.rule.asked) == 0
         return due and step != self.asked_at
 
-    def cuts(self, step: int, backbone_learns: bool, *, measure: bool) -> bool:
-        """Return whether the next batch is to be computed with the features cut off from the backbone.
+    def cut(self, backbone: nn.Module, step: int, *, measure: bool) -> Cut | None:
+        """Return where the features of the next batch are to be cut off from the backbone, if they are.
 
         Args:
+            backbone: Of which some parameters learn, or none: then gradients meet nowhere.
             step: Optimizer steps done.
-            backbone_learns: Whether gradients can meet anywhere.
-            measure: Whether it is to be known how they meet, for a person to see.
+            measure: Whether it is to be known how gradients meet, for a person to see.
         """
-        if not backbone_learns or self.own_heads:
-            return backbone_learns
-        compares = measure or (self.rule.needs_gram and self.asks(step))
-        return (compares and len(self.rule.tasks) > 1) or bool((self.held < 0).any())
+        learning = [p for p in backbone.parameters() if p.requires_grad]
+        compares = len(self.rule.tasks) > 1 and (measure or (self.rule.needs_gram and self.asks(step)))
+        if learning and (compares or self.own_heads or bool((self.held < 0).any())):
+            return Cut(learning, compares=compares)
+        return None
 
     def forward(
         self,
@@ -173,13 +173,13 @@ class LossBalancer(HostModule):
         Raises:
             UserError: A loss is not finite, or a plugin's rule does not do what a rule must.
         """
-        found = None
+        found = None if cut is None else self._gradients(losses, heads, cut, scale)
+        compares = cut is not None and cut.compares
         gram = torch.zeros(0, 0)
-        if cut is not None:
-            found = self._gradients(losses, heads, cut, scale)
+        if found is not None and compares:
             gram = gram_matrix([found.shared[task] for task in losses], found.meets)
-        # Two ranks' gradients of the same parameters are already averaged; those of features are of different images.
-        gram = gram / (1 if self.on == "parameters" else _world_size())
+            # Ranks' gradients of the same parameters are already averaged; those of features are of different images.
+            gram = gram / (1 if self.on == "parameters" else ranks())
         values, counts, gram, factor = means_on_host(
             torch.stack([loss.detach() for loss in losses.values()]),
             torch.stack([labelled[task] for task in losses]),
@@ -195,12 +195,11 @@ class LossBalancer(HostModule):
                 )
         gram = gram / factor**2
         there = torch.arange(len(values))[present]
-        shown = gram[there][:, there] if self.rule.needs_gram and found else torch.zeros(0, 0, dtype=torch.float64)
-        seen = Step(values[there], there, shown)
+        between = gram[there][:, there] if compares else gram
+        seen = Step(values[there], there, between if self.rule.needs_gram else between.new_zeros(0, 0))
         asked = self._ask(seen, step, gram, tuple(losses), can_overflow=scale is not None)
         weights = dict(zip(losses, self.held.tolist(), strict=True))
         if found is not None:
-            assert cut is not None
             total = self._deliver(losses, weights, found, heads)
         else:
             total = torch.stack([loss * self._of_head(weights[task]) for task, loss in losses.items()]).sum()
@@ -212,9 +211,9 @@ class LossBalancer(HostModule):
             total = total + (objective - objective.detach()).to(total)
         names = [task for task, is_there in zip(losses, present.tolist(), strict=True) if is_there]
         terms = _terms(names, dict(zip(losses, values.tolist(), strict=True)), weights)
-        if found is not None:
-            terms |= meeting(names, gram[there][:, there], [weights[name] for name in names])
-        return Balance(total, terms, seen)
+        if compares:
+            terms |= meeting(names, between, [weights[name] for name in names])
+        return Balance(total, terms)
 
     def _of_head(self, weight: float) -> float:
         """Return what a head's own gradient is multiplied by, and, where no backbone learns, its loss."""
@@ -260,7 +259,7 @@ class LossBalancer(HostModule):
         """Take each loss back to the features and, where gradients are to meet there, to the backbone's parameters."""
         first = next(iter(losses.values()))
         unit = torch.ones((), dtype=torch.float32, device=first.device) if scale is None else scale.detach()
-        on_features = self.on == "features"
+        on_features = self.on == "features" or not cut.compares
         found = _Gradients(unit, cut.features if on_features else cut.backbone)
         # Backward passes run in the precision of their forward pass, whatever surrounds them.
         with torch.autocast(first.device.type, enabled=False):
@@ -290,7 +289,7 @@ class LossBalancer(HostModule):
             factor = self._of_head(weights[task])
             into += heads[task]
             gradients += [None if g is None else g * factor for g in found.heads[task]]
-        if _world_size() > 1:
+        if ranks() > 1:
             # What no loss of this rank reaches, another's may: all ranks deliver to the same parameters.
             gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(into, gradients, strict=True)]
         value = torch.stack([loss.detach() * weights[task] for task, loss in losses.items()]).sum()
@@ -325,10 +324,7 @@ def means_on_host(*values: Tensor) -> list[Tensor]:
         values: Of any shapes; the first is on the device.
     """
     device = values[0].device
-    packed = torch.cat([value.to(device, most_precise(device)).flatten() for value in values])
-    if _world_size() > 1:
-        torch.distributed.all_reduce(packed)
-        packed /= _world_size()
+    packed = over_ranks(torch.cat([value.to(device, most_precise(device)).flatten() for value in values]))
     parts = torch.split(packed.cpu().double(), [value.numel() for value in values])
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
@@ -343,13 +339,11 @@ def _through_backbone(cut: Cut, of_features: Sequence[Tensor | None], *, keep_gr
         retain_graph=keep_graph,
         allow_unused=True,
     )
-    if _world_size() == 1:
+    if ranks() == 1:
         return gradients
+    # What this rank's losses do not reach, another's may: each rank has its part in every average.
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(cut.backbone, gradients, strict=True)]
-    for gradient in filled:
-        torch.distributed.all_reduce(gradient)
-        gradient /= _world_size()
-    return filled
+    return [over_ranks(gradient) for gradient in filled]
 
 
 def _combine(weighted: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
@@ -410,7 +404,3 @@ def _terms(names: Sequence[str], losses: Mapping[str, float], weights: Mapping[s
     terms = {"train/loss": sum(weights[name] * losses[name] for name in names)}
     terms |= {f"train/loss/{name}": losses[name] for name in names}
     return terms | {f"train/weight/{name}": weights[name] for name in names}
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -125,9 +125,7 @@ class MultiTaskModule(lightning.LightningModule):
         step = self.global_step
         if self.balancer.rule.needs_second_forward and self.balancer.asks(step):
             self._again = _Again(step, batch, Generators(self.device))
-        learns = any(p.requires_grad for p in self.model.backbone.parameters())
-        measures = (step + 1) % LOG_EVERY == 0
-        cut = Cut(self.model.backbone) if self.balancer.cuts(step, learns, measure=measures) else None
+        cut = self.balancer.cut(self.model.backbone, step, measure=(step + 1) % LOG_EVERY == 0)
         losses = self._losses(batch, cut)
         labelled = {task.name: task.labelled(batch) for task in self.each_task()}
         own = {

@@ -2,12 +2,9 @@
 
 from torch import Tensor
 
-from mtl.errors import UserError
 from mtl.weighting.base import Step
 from mtl.weighting.gram import GradientWeighting, norms
-
-_LEAST_LOSS = 1e-8
-"""Losses count as at least this, as in LibMTL, so that their logarithms are finite."""
+from mtl.weighting.history import positive
 
 
 class DBMTL(GradientWeighting):
@@ -26,11 +23,5 @@ class DBMTL(GradientWeighting):
         Raises:
             UserError: A loss is negative and has no logarithm.
         """
-        if (step.losses < 0).any():
-            place = int(step.losses.argmin())
-            raise UserError(
-                f"--weighting db-mtl takes the logarithm of each loss, and that of {self.tasks[step.present[place]]!r}"
-                f" is {step.losses[place]:.3g}; choose a rule without logarithms, such as imtl-g"
-            )
         length = norms(step.gram)
-        return (length / step.losses.clamp_min(_LEAST_LOSS)).max() / length
+        return (length / positive(self, step.losses, step.present)).max() / length
