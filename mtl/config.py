@@ -117,6 +117,31 @@ class DepthOptions(Options):
         return self
 
 
+class MaskOptions(Options):
+    """What the task `masked` hides of a picture, and what it predicts there."""
+
+    method: Literal["auto", "tokens", "convolution", "input"] = "auto"
+    """How: visible tokens alone (plain vision transformers), masked convolutions (convnets), or a learned token in
+    the picture (any); auto is the first of these that the backbone allows."""
+    ratio: float | None = Field(None, gt=0, lt=1)
+    """Share of the patches to hide (none: 0.75 for tokens, else 0.6)."""
+    patch: int | None = Field(None, ge=1)
+    """Side of a patch in pixels, a multiple of the backbone's stride (none: that stride)."""
+    blocks: bool = False
+    """Hide rectangles of patches in place of patches independent of one another."""
+    target: Literal["normalized", "raw"] = "normalized"
+    """What is predicted: pixels less their patch's mean, over its deviation, or pixels as they are."""
+    distance: Literal["l2", "l1"] = "l2"
+    """The loss: squared or absolute difference."""
+    decoder_width: int = Field(256, ge=32, multiple_of=32)
+    """Channels of the decoder, which is thrown away afterwards."""
+    decoder_depth: int | None = Field(None, ge=1)
+    """Blocks of the transformer that decodes tokens (none: 4); the other methods' decoder has none."""
+    probe_every: int | None = Field(None, ge=0)
+    """Epochs between trials of the features: linear heads, trained for seconds on what labels there are (none: ten
+    trials in all; 0: never)."""
+
+
 class SourceOptions(Options):
     """Which data set, and what of it."""
 
@@ -186,6 +211,8 @@ class DataOptions(SourceOptions):
     """Height and width in pixels that every sample is fitted to."""
     labels: dict[str, int] = {}
     """Use this many labelled training images of a task, drawn by --seed (depth=50)."""
+    labelled_share: float | None = Field(None, gt=0, lt=1)
+    """With masked beside other tasks: share of training samples that have a label of these (none: as it comes)."""
     cache: Literal["auto", "device", "memory", "disk", "none"] = "auto"
     """Where decoded samples are kept: auto is the device or memory where they fit, else none (decode each time)."""
     cache_gb: float = Field(4.0, ge=0)
@@ -317,7 +344,8 @@ class TaskGroup(Options):
     needs_plugins: list[str] = []
     """Names of the files of users' code that this was made with; the code itself comes from --plugin alone."""
     task: list[str] = ["segmentation", "depth"]
-    """One task or several, learned together on one backbone: segmentation, depth, normals, or a plugin's."""
+    """One task or several, learned together on one backbone: segmentation, depth, normals, masked (pretraining on
+    pictures alone), or a plugin's."""
     weighting: str = "fixed"
     """How the tasks' losses are combined: fixed (a sum with --loss-weights), another rule, or a plugin's."""
     loss_weights: dict[str, float] = {}
@@ -533,6 +561,7 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     """Data sets to learn from beside `data`, fitted to the same size; in YAML alone."""
     segmentation: SegmentationOptions = SegmentationOptions()
     depth: DepthOptions = DepthOptions()
+    mask: MaskOptions = MaskOptions()
 
     @model_validator(mode="after")
     def _read_policy(self) -> Self:
@@ -580,6 +609,24 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     def sources(self) -> list[SourceOptions]:
         """The data sets, the main one first."""
         return [self.data, *self.more_data]
+
+    @model_validator(mode="after")
+    def _masked_teaches_backbone(self) -> Self:
+        supervised = [task for task in self.task if task != "masked"]
+        if "masked" in self.task and self.backbone_stays:
+            raise ValueError("--task masked teaches the backbone, which --freeze forbids; leave one of the two out")
+        if self.data.labelled_share is not None and (not supervised or "masked" not in self.task):
+            raise ValueError(
+                "--data.labelled-share is for --task masked beside tasks with labels, which mixes samples with and "
+                "without; leave it out"
+            )
+        if self.data.labelled_share is not None and self.more_data:
+            raise ValueError(
+                "--data.labelled-share is for a single data set; use the ratios of more_data, or leave it out"
+            )
+        if "masked" in self.data.labels:
+            raise ValueError("--data.labels: the task 'masked' learns from pictures alone; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _labels_of_tasks(self) -> Self:

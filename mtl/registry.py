@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TASKS = ("segmentation", "depth", "normals")
+TASKS = ("segmentation", "depth", "normals", "masked")
 """The tasks that come with the package."""
 
 DATA_SETS = ("scenes", "folder", "nyuv2", "cityscapes")
