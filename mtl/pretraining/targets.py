@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mtl.tasks.base import masked_mean
+
 Target = Literal["normalized", "raw"]
 Distance = Literal["l2", "l1"]
 
@@ -63,19 +65,20 @@ def patch_target(image: Tensor, patch: int, target: Target = "normalized") -> Te
 def hidden_loss(prediction: Tensor, target: Tensor, mask: Tensor, distance: Distance = "l2") -> Tensor:
     """Return the mean distance over the hidden patches, a scalar; exactly zero where none is hidden.
 
-    Each hidden patch of the batch counts alike. As each image hides equally many, so does each rank of a
-    distributed run with batches of one size, and the mean of the ranks' losses is the loss of the whole batch.
+    Each hidden patch of the batch counts alike, and where several processes train together, each of all their
+    batches: see `mtl.tasks.base.masked_mean`.
 
     Args:
         prediction: (B, N, patch * patch * 3).
-        target: The same shape, from `patch_target`.
+        target: The same shape, from `patch_target`, in whose single precision all is computed.
         mask: (B, h, w) bool with h * w = N, True where hidden.
         distance: Squared ('l2', as MAE) or absolute ('l1', as SimMIM) difference.
     """
-    difference = prediction.float() - target
+    hidden = mask.flatten(1)
+    # What is predicted of visible patches, infinity included, reaches neither the loss nor its gradient.
+    difference = torch.where(hidden.unsqueeze(-1), prediction - target, 0)
     each = (difference.abs() if distance == "l1" else difference.square()).mean(-1)
-    hidden = mask.flatten(1).to(each.dtype)
-    return (each * hidden).sum() / hidden.sum().clamp(min=1.0)
+    return masked_mean(each, hidden)
 
 
 def reconstruct(prediction: Tensor, image: Tensor, mask: Tensor, target: Target = "normalized") -> Tensor:
