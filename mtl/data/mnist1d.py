@@ -223,8 +223,8 @@ class _ArraysOnly(pickle._Unpickler):
         """
         if (module, name) not in self._KNOWN:
             raise UserError(
-                f"{self._path} asks for {module}.{name}, which MNIST-1D's arrays do not need, and was not read on: it "
-                "is not the published file; get mnist1d_data.pkl again, or leave the files out, and the data are made"
+                f"{self._path} asks for {f'{module}.{name}'!r}, which MNIST-1D's arrays do not need, and was not read "
+                "on: it is not the published file; get mnist1d_data.pkl again, or name no file, and the data are made"
             )
         return self._KNOWN[module, name]
 

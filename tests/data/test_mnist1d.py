@@ -235,7 +235,7 @@ class TestPickle:
         malicious = Calls(os.system, f"touch {trace}")
         content = {"instead": malicious, "inside": {**small(), "t": malicious}, "key": {malicious: 1}}[where]
         path.write_bytes(pickle.dumps(content, protocol))
-        with pytest.raises(UserError, match=r"data.pkl asks for [\w.]+, which MNIST-1D's arrays do not need"):
+        with pytest.raises(UserError, match=r"data.pkl asks for '[\w.]+', which MNIST-1D's arrays do not need"):
             read_pickle(path)
         assert not trace.exists()
         if where == "instead":  # The file does what it says it does.
@@ -251,7 +251,7 @@ class TestPickle:
             b"\x80\x04" + pickle.dumps(module, 0)[:-1] + pickle.dumps(name, 0)[:-1] + b"\x93.",
         ):
             path.write_bytes(content)
-            with pytest.raises(UserError, match=f"asks for {module}.{name}, "):
+            with pytest.raises(UserError, match=f"asks for '{module}.{name}', "):
                 read_pickle(path)
 
     @pytest.mark.parametrize(
