@@ -1,6 +1,5 @@
 """Pictures of studies."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mtl.files import write_whole
+from mtl.figures import save
 from mtl.studies.tables import Spread
 
 COLOUR, REFERENCE = "tab:blue", "tab:grey"
@@ -63,10 +62,3 @@ def label(axes: Axes, title: str, higher_is_better: bool) -> None:
     """Title axes, and lay a grid below what they show."""
     axes.set_title(f"{title} ({'higher' if higher_is_better else 'lower'} is better)", fontsize=9)
     axes.grid(alpha=0.3)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from mtl.config import Experiment
 from mtl.errors import UserError
+from mtl.figures import save
 from mtl.studies.comparison import Comparison, Entry, Held, single_tasks, with_seed
-from mtl.studies.figures import COLOUR, REFERENCE, save
+from mtl.studies.figures import COLOUR, REFERENCE
 from mtl.studies.jobs import Job
 from mtl.studies.tables import Cell, Column, Measure
 

@@ -1,6 +1,5 @@
 """Pictures for a person: training curves from the run's table, and predictions beside their images."""
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from mtl.files import write_whole
+from mtl.figures import save
 from mtl.tasks.base import Panel, Scale, Task
 from mtl.tasks.colours import class_colours
 from mtl.training.history import History
@@ -82,7 +81,7 @@ def draw_predictions(
     if indices:
         patches = [Patch(color=class_colours(len(classes))[i] / 255, label=classes[i]) for i in indices]
         figure.legend(handles=patches, loc="lower center", ncols=fitting, fontsize=7, frameon=False, borderpad=0.2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _columns(panels: int, cell_shape: float) -> int:
@@ -119,7 +118,7 @@ def draw_rows(path: Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
             axes.spines[:].set_visible(False)
         for axes, picture in zip(line, pictures, strict=False):
             axes.imshow(picture, aspect="auto")
-    _save(figure, path)
+    save(figure, path)
 
 
 def channels_last(images: Tensor) -> np.ndarray:
@@ -134,27 +133,41 @@ def overlay(images: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def draw_curves(path: Path, history: History, tasks: Sequence[Task], constant: Mapping[str, float]) -> None:
-    """Write the training losses and each task's main metric, with a constant prediction's beside it."""
-    figure = Figure(figsize=(4.5 * (len(tasks) + 1), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
+def draw_curves(
+    path: Path, history: History, tasks: Sequence[Task], constant: Mapping[str, float], probed: Sequence[Task] = ()
+) -> None:
+    """Write the training losses and each task's main metric, with a constant prediction's beside it.
+
+    Args:
+        path: The file.
+        history: The run's table.
+        tasks: The tasks that are learnt.
+        constant: Metrics of constant predictions, by full name.
+        probed: The tasks of an online probe, each of which has a picture where the table has its main metric.
+    """
+    metrics = [(task, f"{task.name}/{task.main_metric}", "held out") for task in tasks]
+    probes = [(task, f"probe/{task.name}/{task.main_metric}", "linear probe") for task in probed]
+    metrics += [probe for probe in probes if history.column(probe[1])[0]]
+    figure = Figure(figsize=(4.5 * (len(metrics) + 1), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(metrics) + 1, squeeze=False)[0]
     for task in tasks:
         steps, values = history.column(f"train/loss/{task.name}")
         axes[0].plot(steps, values, label=task.name, linewidth=1, marker="." if len(steps) < 20 else None)
     axes[0].set(title="training loss", xlabel="step", yscale="log")
     axes[0].legend()
-    for axis, task in zip(axes[1:], tasks, strict=True):
-        name = f"{task.name}/{task.main_metric}"
+    for axis, (task, name, label) in zip(axes[1:], metrics, strict=True):
         steps, values = history.column(name)
-        axis.plot(steps, values, marker="o", markersize=3, label="held out")
+        axis.plot(steps, values, marker="o", markersize=3, label=label)
         if name in constant:
             axis.axhline(constant[name], color="grey", linestyle="--", label="constant prediction")
+        if name.startswith("probe/"):
+            axis.axhline(values[0], color="grey", linestyle=":", label="before training")
         direction = "higher" if task.higher_is_better[task.main_metric] else "lower"
         axis.set(title=f"{name} ({direction} is better)", xlabel="step")
         axis.legend()
     for axis in axes:
         axis.grid(alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_weighting(path: Path, history: History, tasks: Sequence[str]) -> None:
@@ -176,10 +189,4 @@ def draw_weighting(path: Path, history: History, tasks: Sequence[str]) -> None:
         if title.startswith("cosine"):
             axes.set_ylim(-1.05, 1.05)
             axes.axhline(0, color="grey", linewidth=0.8)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
+    save(figure, path)
