@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning
+import numpy as np
 import torch
 
 from mtl import registry
+from mtl.augmentation.draws import Draws
 from mtl.augmentation.pipeline import Pipeline
 from mtl.augmentation.policy import Augmentation
 from mtl.config import CLASS_COUNTS, DataOptions, Experiment, SourceOptions, resolve_augmentation
@@ -22,13 +24,15 @@ from mtl.data.nyuv2 import NYUv2
 from mtl.data.sample import DataInfo, Source
 from mtl.data.scenes import Scenes
 from mtl.errors import UserError, nearest
-from mtl.models.backbone import Backbone
+from mtl.models.backbone import Backbone, coarsest_stride
 from mtl.models.heads import Head, encoder_stride, resolve_decoder
 from mtl.models.multitask import MultiTaskModel
 from mtl.plugin_checks import check_task, check_weighting, open_data_set
 from mtl.plugins import file_of, in_plugin
+from mtl.pretraining.head import MaskedHead
 from mtl.tasks.base import Task
 from mtl.tasks.depth import Depth
+from mtl.tasks.masked import Masked
 from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation
 from mtl.training.balancing import LossBalancer
@@ -111,7 +115,8 @@ def load_samples(
 ) -> Samples:
     """Open the configured data set; `keep_samples` then decodes it.
 
-    For training, only samples with a label of one of the tasks are used, after `--data.labels` has chosen them.
+    For training, only samples with a label of one of the tasks are used, after `--data.labels` has chosen them; all
+    of them, where one of the tasks is masked.
 
     Args:
         experiment: Which data, and the tasks whose labels are loaded.
@@ -124,7 +129,7 @@ def load_samples(
     """
     source = open_source(experiment, split, surroundings)
     data = experiment.data
-    targets = {task: target_of(task) for task in experiment.task}
+    targets = {task: target_of(task) for task in experiment.task if task != "masked"}
     hidden: dict[str, frozenset[int]] = {}
     for task, target in targets.items():
         available = int(source.labelled(target).sum())
@@ -145,6 +150,8 @@ def load_samples(
             )
     usable = sorted(
         {int(i) for target in targets.values() for i in source.labelled(target).nonzero()[0] if i not in hidden[target]}
+        if "masked" not in experiment.task
+        else range(len(source))
     )
     if split == "train" and isinstance(source, Combined):
         for options, part in zip(experiment.sources, source.parts, strict=True):
@@ -158,7 +165,19 @@ def load_samples(
         loader = experiment.augmentation.loader
         pipeline = Pipeline(loader, "augmentation.loader", data.size, source.info.inverse_depth)
     unique = tuple(dict.fromkeys(targets.values()))
-    return Samples(source, usable, unique, hidden=hidden, augment=pipeline, seed=experiment.seed)
+    samples = Samples(source, usable, unique, hidden=hidden, augment=pipeline, seed=experiment.seed)
+    if split == "train" and data.labelled_share is not None and not all(_with_and_without(samples)):
+        raise UserError(
+            f"--data.labelled-share {data.labelled_share:g}: all of the {len(samples)} training samples have a label; "
+            "leave it out, or use fewer labels by --data.labels"
+        )
+    return samples
+
+
+def _with_and_without(samples: Samples) -> tuple[list[int], list[int]]:
+    """Return the rows of the samples with a label of any target, and the others."""
+    labelled = np.any([samples.has(target) for target in samples.targets], axis=0)
+    return np.flatnonzero(labelled).tolist(), np.flatnonzero(~labelled).tolist()
 
 
 def keep_samples(experiment: Experiment, splits: Sequence[Samples], surroundings: Surroundings) -> None:
@@ -195,6 +214,7 @@ def build_tasks(experiment: Experiment, info: DataInfo) -> list[Task]:
         "segmentation": lambda: Segmentation(experiment.segmentation, info),
         "depth": lambda: Depth(experiment.depth, info),
         "normals": lambda: Normals(info),
+        "masked": lambda: Masked(experiment.mask, patch_of(experiment)),
     }
     return [makers[name]() if name in makers else _plugin_task(name, info) for name in experiment.task]
 
@@ -207,9 +227,18 @@ def _plugin_task(name: str, info: DataInfo) -> Task:
     return task
 
 
+def patch_of(experiment: Experiment) -> int:
+    """Return the side in pixels of the patches that are hidden.
+
+    Raises:
+        UserError: There is no such backbone.
+    """
+    return experiment.mask.patch or coarsest_stride(experiment.backbone, encoder_stride(experiment.decoder))
+
+
 def target_of(task: str) -> str:
     """Return the batch key of a task's labels."""
-    built_in: dict[str, str] = {kind.name: kind.target for kind in (Segmentation, Depth, Normals)}
+    built_in: dict[str, str] = {kind.name: kind.target for kind in (Segmentation, Depth, Normals, Masked)}
     return built_in[task] if task in built_in else registry.tasks[task].target
 
 
@@ -272,11 +301,20 @@ def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool
     backbone = Backbone(experiment.backbone, experiment.data.size, encoder_stride(experiment.decoder))
     decoder = resolve_decoder(experiment.decoder, backbone)
     width, dropout = experiment.decoder_channels, experiment.dropout
-    heads = {task.name: Head(backbone, decoder, task.channels, width, dropout) for task in tasks}
-    model = MultiTaskModel(backbone, heads)
+    heads = {
+        task.name: Head(backbone, decoder, task.channels, width, dropout) for task in tasks if task.name != "masked"
+    }
+    masked = None
+    if "masked" in experiment.task:
+        masked = MaskedHead(backbone, experiment.mask, patch_of(experiment))
+    model = MultiTaskModel(backbone, heads, masked)
     _check_runs(model, experiment, training)
     if experiment.freeze or experiment.freeze_stages:
         backbone.freeze(experiment.freeze_stages)
+    if experiment.grad_checkpointing:
+        backbone.checkpoint_gradients()
+        if masked is not None:
+            masked.checkpoint_gradients()
     if experiment.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     return model
@@ -317,6 +355,12 @@ def adapt(module: MultiTaskModule) -> Adapters | None:
     """
     rank = module.options.lora
     return None if rank is None else add_lora(module.model.backbone, rank)
+
+
+def probe_every(experiment: Experiment, epochs: int) -> int:
+    """Return the epochs from one trial of masked features to the next; 0 is never."""
+    every = experiment.mask.probe_every
+    return max(1, epochs // 10) if every is None else every
 
 
 def steps_in_epoch(experiment: Experiment, samples: int) -> int:
@@ -397,6 +441,12 @@ def make_loader(samples: Samples, experiment: Experiment, trainer: lightning.Tra
 
 def _mixture(samples: Samples, experiment: Experiment) -> dict[str, Any]:
     """Return how training draws from several data sets, where that is not simply each sample once an epoch."""
+    if (share := experiment.data.labelled_share) is not None:
+        return {
+            "parts": _with_and_without(samples),
+            "ratios": [share, 1 - share],
+            "epoch_length": experiment.epoch_samples,
+        }
     ratios = [source.ratio for source in experiment.sources]
     if experiment.epoch_samples is None and None in ratios:
         return {}
@@ -469,7 +519,11 @@ def _check_runs(model: MultiTaskModel, experiment: Experiment, training: bool) -
     probe = copy.deepcopy(model).train() if alone else model.eval()
     try:
         with torch.no_grad():
-            probe(torch.zeros(1, 3, height, width))
+            image = torch.zeros(1, 3, height, width)
+            probe(image)
+            if probe.masked is not None:
+                mask = probe.masked.draw(Draws(0, 0, torch.zeros(1, dtype=torch.int64)), (height, width))
+                probe.masked(probe.encode_masked(image, mask), mask)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -463,6 +463,8 @@ class ModelGroup(Options):
     """Width of the decoders; segmentation-models-pytorch's own, for large backbones, is 256."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout in the heads, the decoders' hidden ones included (none: the decoders' own)."""
+    grad_checkpointing: bool = False
+    """Recompute the backbone's activations in the backward pass: less memory, about a third more time."""
     channels_last: bool = True
     """Memory layout in which convolutions are fastest."""
 
@@ -613,7 +615,7 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     @model_validator(mode="after")
     def _masked_teaches_backbone(self) -> Self:
         supervised = [task for task in self.task if task != "masked"]
-        if "masked" in self.task and self.backbone_stays:
+        if "masked" in self.task and self.freeze:
             raise ValueError("--task masked teaches the backbone, which --freeze forbids; leave one of the two out")
         if self.data.labelled_share is not None and (not supervised or "masked" not in self.task):
             raise ValueError(

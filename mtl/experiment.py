@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtl.augmentation.policy import Augmentation
 from mtl.build import (
+    Fit,
     Surroundings,
     adapt,
     build_module,
@@ -29,6 +30,7 @@ from mtl.build import (
     make_loader,
     make_trainer,
     plan_fits,
+    probe_every,
     target_of,
     unbalanced,
 )
@@ -43,7 +45,7 @@ from mtl.config import (
     validate,
 )
 from mtl.data.loading import Key, Samples
-from mtl.data.sample import DataInfo, as_floats
+from mtl.data.sample import Batch, DataInfo, as_floats
 from mtl.errors import UserError
 from mtl.files import write_whole
 from mtl.plugins import in_plugin_of
@@ -53,6 +55,7 @@ from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, Re
 from mtl.training.cost import COST_FILE, Cost
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
+from mtl.training.panels import Reconstructions, predict_panels, spread
 from mtl.training.pictures import (
     Panels,
     channels_last,
@@ -62,11 +65,9 @@ from mtl.training.pictures import (
     draw_weighting,
     overlay,
 )
+from mtl.training.probe import LinearProbe, OnlineProbe
 from mtl.training.tracking import log_predictions, start_wandb
 from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, load_weights, require, save_backbone
-
-PICTURES = 4
-"""How many validation samples are drawn, always the same ones."""
 
 
 @dataclass
@@ -149,6 +150,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     wandb_logger = None
     if first and experiment.logger == "wandb" and surroundings.wandb_mode != "disabled":
         wandb_logger = start_wandb(experiment, folder, surroundings.wandb_mode)
+    # Before the callback that puts averaged weights in the model's place, and takes them away again.
+    seen = _of_masked(module, training, validation, folder, fits) if "masked" in experiment.task else []
     every = experiment.validate_every
     done = (0, 0)
     for fit in fits:
@@ -160,7 +163,7 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         last_step = None if experiment.max_steps is None else step + fit.steps
         trainer = make_trainer(
             experiment,
-            callbacks=[*_callbacks(experiment, history, best, folder, step, last_step), cost],
+            callbacks=[*seen, *_callbacks(experiment, history, best, folder, step, last_step), cost],
             logger=[history, *([wandb_logger] if wandb_logger else [])],
             default_root_dir=folder,
             max_epochs=epoch + fit.epochs,
@@ -187,7 +190,8 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         if not experiment.backbone_stays:
             measured = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
             about = {"experiment": experiment.model_dump(mode="json"), "steps": outcome.steps, "results": measured}
-            save_backbone(module.model.backbone, folder / "backbone.safetensors", about)
+            others = {} if module.model.masked is None else module.model.masked.timm_tensors()
+            save_backbone(module.model.backbone, folder / "backbone.safetensors", about, others)
     if wandb_logger:
         wandb_logger.experiment.summary.update({f"best/{k}": v for k, v in outcome.results.items()})
         wandb_logger.experiment.finish()
@@ -233,6 +237,10 @@ def evaluate(
     # The model is that of the training's data, of whose targets these may have but some.
     module = _restored(run, experiment, checkpoint, trained_on)
     if views is not False:
+        if module.model.masked is not None:
+            raise UserError(
+                f"--tta: {run} has learned the task 'masked', and a reconstruction has no other views; leave --tta out"
+            )
         module.views = AveragedViews(module, SCALES if views is True else views)
     results = _measure(module, samples, experiment)
     return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
@@ -245,11 +253,20 @@ def load_run(run: Path, changes: Mapping[str, Any]) -> MultiTaskModule:
         run: The run's folder.
         changes: Fields of the run's experiment to change, such as ``{"device": "cpu"}``.
 
+    Returns:
+        The module, without what has learned to predict hidden patches.
+
     Raises:
-        UserError: The run cannot be used.
+        UserError: The run cannot be used, or predicts nothing but those.
     """
     experiment, checkpoint = _stored(run, {"compile": False, "devices": 1, **changes})
+    if experiment.task == ["masked"]:
+        raise UserError(
+            f"{run} has learned from pictures alone, and predicts nothing of them; train a task on it first, as by "
+            f"python train.py --task depth --init {run}"
+        )
     module = _restored(run, experiment, checkpoint, DataInfo(**checkpoint["data"]))
+    module.forget_masked()
     device = experiment.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -319,13 +336,14 @@ def preview(experiment: Experiment, surroundings: Surroundings, path: Path, coun
     """
     samples = load_samples(experiment, "train", surroundings)
     info = samples.source.info
-    rows = _spread(len(samples), count)
+    rows = spread(len(samples), count)
     seen = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
     samples.augment = None
     stored = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
     augmentation = Augmentation(resolve_augmentation(experiment), experiment.seed, inverse_depth=info.inverse_depth)
     stored, seen = as_floats(stored), augmentation(as_floats(seen))
-    tasks = build_tasks(experiment, info)
+    labelled = [task for task in experiment.task if task != "masked"]
+    tasks = build_tasks(experiment.model_copy(update={"task": labelled}), info)
     for task in tasks:
         task.observe([stored[task.target]])
     panels: Panels = {"as it is stored": Panel(_picture(stored["image"]))}
@@ -333,11 +351,13 @@ def preview(experiment: Experiment, surroundings: Surroundings, path: Path, coun
     for task in tasks:
         title, drawn = next(iter(task.pictures(task.constant(seen[task.target]), seen[task.target]).items()))
         panels[title] = Panel(overlay(_picture(seen["image"]), drawn.images), drawn.scale)
+    if "masked" in experiment.task:
+        panels |= _masked_panels(experiment, info, seen)
     draw_predictions(path, panels, next((task.class_names for task in tasks if task.class_names), ()))
     if not augmentation.strengths:
         return [path]
     changes = path.with_stem(path.stem + "_transforms")
-    _preview_transforms(samples, tasks[0], experiment, changes)
+    _preview_transforms(samples, tasks[0] if tasks else None, experiment, changes)
     return [path, changes]
 
 
@@ -345,10 +365,19 @@ TRIED = 16
 """Samples of which the preview of a change shows the one that changes most."""
 
 
-def _preview_transforms(samples: Samples, task: Task, experiment: Experiment, path: Path) -> None:
+def _masked_panels(experiment: Experiment, info: DataInfo, seen: Batch) -> Panels:
+    """Return pictures of what is visible of samples to masked pretraining."""
+    module = build_module(changed(experiment, {"task": ["masked"], "data": {"labels": {}}}), info, 1).eval()
+    with torch.no_grad():
+        (task,) = module.each_task()
+        panels = task.pictures(module.predictions(seen)["masked"], seen["image"])
+    return dict([next(iter(panels.items()))])
+
+
+def _preview_transforms(samples: Samples, task: Task | None, experiment: Experiment, path: Path) -> None:
     """Draw each change that the augmentation makes by itself, a row each: at a third, two thirds and all of it."""
     options = resolve_augmentation(experiment)
-    keys = [Key(row, 0, position) for position, row in enumerate(_spread(len(samples), TRIED))]
+    keys = [Key(row, 0, position) for position, row in enumerate(spread(len(samples), TRIED))]
     stored = as_floats(samples.__getitems__(keys))
     rows: dict[str, list[np.ndarray]] = {}
     for name in (name for name in STRENGTHS if getattr(options, name)):
@@ -360,10 +389,12 @@ def _preview_transforms(samples: Samples, task: Task, experiment: Experiment, pa
             seen = Augmentation(AugmentationOptions(**{name: strength * share}), experiment.seed)(stored)
             if share == 1:
                 most = int((seen["image"] - stored["image"]).abs().flatten(1).mean(1).argmax())
-            one = {key: seen[key][most : most + 1] for key in ("image", task.target)}
-            drawn = next(iter(task.pictures(task.constant(one[task.target]), one[task.target]).values()))
-            image = _picture(one["image"])
-            shown = [image[0], overlay(image, drawn.images)[0], *shown]
+            image = _picture(seen["image"][most : most + 1])
+            shown.insert(0, image[0])
+            if task is not None:
+                target = seen[task.target][most : most + 1]
+                drawn = next(iter(task.pictures(task.constant(target), target).values()))
+                shown.insert(1, overlay(image, drawn.images)[0])
         shown.insert(0, _picture(stored["image"][most : most + 1])[0])
         label = name if name in PROBABILITIES else f"{name} {strength:g}"
         rows[label] = shown
@@ -397,6 +428,21 @@ def _callbacks(
     if experiment.patience is not None:
         callbacks.append(EarlyStopping(experiment.monitor, patience=experiment.patience, mode=best.mode))
     return [*callbacks, best, ResumePoint(str(folder / "last.ckpt"), experiment.checkpoint_every, history)]
+
+
+def _of_masked(
+    module: MultiTaskModule, training: Samples, validation: Samples, folder: Path, fits: Sequence[Fit]
+) -> list[Callback]:
+    """Return the callbacks that show what masked pretraining does."""
+    callbacks: list[Callback] = [Reconstructions(folder / "reconstructions", validation)]
+    every = probe_every(module.options, sum(fit.epochs for fit in fits))
+    info = training.source.info
+    names = [name for name in ("segmentation", "depth", "normals") if target_of(name) in info.targets]
+    if every and names:
+        tasks = build_tasks(module.options.model_copy(update={"task": names}), info)
+        learnt, measured = (s.with_targets([task.target for task in tasks]) for s in (training, validation))
+        callbacks.append(OnlineProbe(LinearProbe(tasks, learnt, measured, seed=module.options.seed), every))
+    return callbacks
 
 
 def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples, surroundings: Surroundings) -> None:
@@ -458,29 +504,3 @@ def _draw(
     draw_predictions(outcome.folder / "predictions.png", panels, classes)
     if wandb_logger:
         log_predictions(wandb_logger, tasks, panels, predictions, targets, outcome.steps)
-
-
-def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, dict[str, Tensor], dict[str, Tensor]]:
-    """Predict a few samples, evenly spread over the set.
-
-    Returns:
-        Pictures by title, predictions and targets by task.
-    """
-    rows = _spread(len(samples), PICTURES)
-    stored = samples.__getitems__([Key(row, 0, row) for row in rows])
-    module.eval()
-    batch = module.on_after_batch_transfer({name: v.to(module.device) for name, v in stored.items()}, 0)
-    with torch.no_grad():
-        predictions = module(batch["image"])
-    panels: Panels = {"input": Panel(channels_last(stored["image"].cpu()))}
-    targets = {task.name: batch[task.target] for task in module.each_task()}
-    for task in module.each_task():
-        with in_plugin_of(task, "pictures"):
-            panels |= task.pictures(predictions[task.name], targets[task.name])
-    return panels, predictions, targets
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """Return the numbers of so many samples, evenly spread over a set."""
-    rows: list[int] = torch.linspace(0, length - 1, min(count, length)).round().int().tolist()
-    return rows

@@ -78,8 +78,9 @@ def run(words: list[str], program: str, description: str) -> None:
     print_results(outcome.results, outcome.constant)
     print(f"\n{outcome.steps} steps, {outcome.seconds:.0f} s; everything is in {outcome.folder}:")
     backbone = "" if experiment.backbone_stays else "  backbone.safetensors"
-    weighting = "weighting.png  " if len(experiment.task) > 1 else ""
-    print(f"  curves.png  predictions.png  {weighting}metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
+    more = "weighting.png  " if len(experiment.task) > 1 else ""
+    more += "reconstructions/  " if "masked" in experiment.task else ""
+    print(f"  curves.png  predictions.png  {more}metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
     print("next, for example:")
     for command, purpose in _suggestions(experiment, outcome.folder):
         print(f"  {command}\n      {purpose}")
@@ -139,6 +140,16 @@ def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
     """Return commands worth trying next, and what each does."""
     code = "".join(f" --plugin {file}" for file in registry.plugins.values())
     again = f"python train.py{code} --config {folder / 'config.yaml'} --name {folder.name}"
+    if experiment.task == ["masked"]:
+        start = f"{again}-depth --task depth --init {folder} --max-steps 300"
+        return [
+            (f"{start} --freeze", "learns depth on what this has learned"),
+            (f"{start}", "the same, and the backbone goes on learning"),
+            (
+                f"{again}-scratch --task depth --init none --max-steps 300",
+                "the same from scratch, to see what it is worth",
+            ),
+        ]
     lines = [(f"python -m mtl predict {folder} IMAGES{code}", "predicts pictures of your own, of any size")]
     lines.append((f"python -m mtl evaluate {folder}{code} --json metrics.json", "measures the best checkpoint again"))
     if experiment.backbone_stays:

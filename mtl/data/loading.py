@@ -224,17 +224,29 @@ class Samples(Dataset[Batch]):
         batch["draw"] = places[:, 1:].contiguous()
         return batch
 
+    def has(self, target: str) -> np.ndarray:
+        """Return a boolean array, one a row: which samples have a label to use; every one has its image."""
+        if target == "image":
+            return np.ones(len(self), dtype=bool)
+        hidden = self.hidden.get(target, frozenset())
+        used = np.array([index not in hidden for index in self.indices], dtype=bool)
+        found: np.ndarray = self.source.labelled(target)[self.indices] & used
+        return found
+
+    def with_targets(self, targets: Iterable[str]) -> "Samples":
+        """Return the same samples with other labels, as they are stored: neither changed nor kept anywhere."""
+        return Samples(self.source, self.indices, targets, hidden=self.hidden)
+
     def labels(self, target: str, limit: int = 512) -> Iterator[torch.Tensor]:
         """Yield labels of a target in chunks, in the host's memory and without augmentation.
 
         Args:
-            target: The target's key.
+            target: The target's key, or 'image'.
             limit: How many of the samples that have one to read at most, spread evenly.
         """
-        labelled, hidden = self.source.labelled(target), self.hidden.get(target, frozenset())
-        having = [row for row, index in enumerate(self.indices) if labelled[index] and index not in hidden]
+        having = np.flatnonzero(self.has(target))
         spread = np.linspace(0, len(having) - 1, min(limit, len(having))).round().astype(int)
-        rows = [having[number] for number in spread]
+        rows = having[spread].tolist()
         for chunk in (rows[start : start + 16] for start in range(0, len(rows), 16)):
             if self.stored is not None:
                 yield self.stored[target][chunk].cpu()

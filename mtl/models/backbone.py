@@ -175,6 +175,23 @@ class Backbone(nn.Module):
         self.frozen, self.frozen_stages, self._inert = False, 0, []
         self.requires_grad_(True)
 
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass in place of storing them, stage by stage or block by block.
+
+        Raises:
+            UserError: timm's model cannot.
+        """
+        model = self.encoder.model
+        # Some of timm's wrappers leave it to the model that they hold.
+        model = model if hasattr(model, "set_grad_checkpointing") else getattr(model, "model", model)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError):
+            raise UserError(
+                f"--grad-checkpointing: timm's {self.name!r} cannot recompute its activations; leave it out, or choose "
+                "another backbone"
+            ) from None
+
     def keep_in_evaluation(self, modules: Iterable[nn.Module]) -> None:
         """Hold some of the backbone's modules in evaluation mode, whatever `train` is told."""
         self._inert = list(modules)
@@ -211,6 +228,16 @@ def dpt_stride(patch: int) -> int:
     strides of 3.5 to 28, and the head's last upsampling brings what comes of them to the image's size all the same.
     """
     return patch if patch & (patch - 1) == 0 else 16
+
+
+def coarsest_stride(name: str, output_stride: int = 32) -> int:
+    """Return the stride of the coarsest map that a `Backbone` gives, without building it.
+
+    Raises:
+        UserError: There is no such model, or it has no feature maps.
+    """
+    reductions = _reductions(name)
+    return max(reductions) if len(set(reductions)) == 1 else min(max(reductions), output_stride)
 
 
 _FAILURES = (RuntimeError, NotImplementedError, AttributeError, TypeError, AssertionError, ValueError, IndexError)

@@ -1,7 +1,8 @@
 """One backbone, one head for each task."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,6 +10,11 @@ from torch.nn import functional
 from mtl.errors import UserError
 from mtl.models.backbone import Backbone, Pyramid
 from mtl.models.heads import Head
+from mtl.pretraining.statistics import kept_statistics
+
+if TYPE_CHECKING:
+    from mtl.pretraining.head import MaskedHead
+    from mtl.pretraining.token_drop import Visible
 
 
 class MultiTaskModel(nn.Module):
@@ -17,20 +23,36 @@ class MultiTaskModel(nn.Module):
     Args:
         backbone: The shared encoder.
         heads: Each task's head, by the task's name.
+        masked: What hides patches and predicts them, in a pass through the backbone of its own, or None.
     """
 
-    def __init__(self, backbone: Backbone, heads: Mapping[str, Head]) -> None:
+    def __init__(self, backbone: Backbone, heads: Mapping[str, Head], masked: "MaskedHead | None" = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
+        self.masked = masked
 
-    def head(self, task: str) -> Head:
+    @property
+    def parts(self) -> "dict[str, tuple[str, Head | MaskedHead]]":
+        """Return each task's head, and before it the head's name among this module's own."""
+        heads: dict[str, tuple[str, Head | MaskedHead]] = {
+            task: (f"heads.{task}", cast(Head, head)) for task, head in self.heads.items()
+        }
+        return heads if self.masked is None else {**heads, "masked": ("masked", self.masked)}
+
+    def head(self, task: str) -> "Head | MaskedHead":
         """Return a task's head."""
-        return cast(Head, self.heads[task])
+        return self.parts[task][1]
+
+    def before_features(self) -> list[nn.Parameter]:
+        """Return what the features depend on and learns: the backbone's parameters, and a token in hidden pixels."""
+        covers = [] if self.masked is None or self.masked.cover is None else list(self.masked.cover.parameters())
+        return [p for p in (*self.backbone.parameters(), *covers) if p.requires_grad]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile backbone and heads, each by itself: training may need the features between them."""
-        for part in (self.backbone, *self.heads.values()):
+        parts = [self.backbone, *self.heads.values(), *([] if self.masked is None else [self.masked])]
+        for part in parts:
             part.compile(*args, **kwargs)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -64,6 +86,19 @@ class MultiTaskModel(nn.Module):
         """Return each task's outputs (B, C, H, W) for the features of images of `size` = (H, W)."""
         extended = self._extended(size)
         return {name: head(pyramid, extended)[..., : size[0], : size[1]] for name, head in self.heads.items()}
+
+    def encode_masked(self, image: Tensor, mask: Tensor) -> "Visible | Pyramid":
+        """Return the features of what is visible of images (B, 3, H, W) in [0, 1], of any size.
+
+        Where there are other heads, which read whole images, running statistics stay those of whole images.
+
+        Args:
+            image: The images.
+            mask: (B, h, w) bool, True where hidden, from the masked head's `draw`.
+        """
+        assert self.masked is not None
+        with kept_statistics(self.backbone) if len(self.heads) else nullcontext():
+            return self.masked.encode(self.backbone, image, mask)
 
     def _extended(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the next multiples of the backbone's stride."""

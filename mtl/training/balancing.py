@@ -3,18 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mtl.errors import UserError
-from mtl.models.backbone import Pyramid
 from mtl.plugin_checks import objective_of, weigh
 from mtl.plugins import in_plugin_of
 from mtl.tasks.base import most_precise, over_ranks, ranks
 from mtl.weighting.base import HostModule, Step, Weighting
+
+T = TypeVar("T")
 
 _REMEDY = "a lower --lr, --clip 1 or --precision 32-true usually helps"
 
@@ -26,7 +27,7 @@ class Cut:
     into another would be counted twice.
 
     Args:
-        backbone: What of the backbone learns.
+        backbone: What learns of the backbone, and before it.
         compares: Whether it is to be known how the gradients meet, and not only to be delivered what they are.
 
     Attributes:
@@ -39,11 +40,18 @@ class Cut:
         self.features: list[Tensor] = []
         self.leaves: list[Tensor] = []
 
-    def pyramid(self, pyramid: Pyramid) -> Pyramid:
-        """Return a pyramid of the same values for the heads to read."""
-        return Pyramid(
-            [self._leaf(m) for m in pyramid.maps], [t if t is None else self._leaf(t) for t in pyramid.tokens]
-        )
+    def through(self, features: T) -> T:
+        """Return features of the same values for heads to read: a tensor, or a tuple or list of such, nested.
+
+        A pass of its own through the backbone, such as that of a masked image, is cut in the same way, and its
+        gradients meet those of other passes at the parameters alone.
+        """
+        if isinstance(features, Tensor):
+            return cast(T, self._leaf(features))
+        if isinstance(features, tuple | list):
+            parts = [self.through(part) for part in features]
+            return cast(T, type(features)._make(parts) if hasattr(features, "_make") else type(features)(parts))
+        return features
 
     def _leaf(self, features: Tensor) -> Tensor:
         # Such as the image itself, or what comes from frozen stages.
@@ -134,18 +142,17 @@ class LossBalancer(HostModule):
         due = step % self.every == 0 or int(self.rule.asked) == 0
         return due and step != self.asked_at
 
-    def cut(self, backbone: nn.Module, step: int, *, measure: bool) -> Cut | None:
+    def cut(self, shared: Sequence[nn.Parameter], step: int, *, measure: bool) -> Cut | None:
         """Return where the features of the next batch are to be cut off from the backbone, if they are.
 
         Args:
-            backbone: Of which some parameters learn, or none: then gradients meet nowhere.
+            shared: What the features depend on and learns; if nothing does, gradients meet nowhere.
             step: Optimizer steps done.
             measure: Whether it is to be known how gradients meet, for a person to see.
         """
-        learning = [p for p in backbone.parameters() if p.requires_grad]
         compares = len(self.rule.tasks) > 1 and (measure or (self.rule.needs_gram and self.asks(step)))
-        if learning and (compares or self.own_heads or bool((self.held < 0).any())):
-            return Cut(learning, compares=compares)
+        if shared and (compares or self.own_heads or bool((self.held < 0).any())):
+            return Cut(shared, compares=compares)
         return None
 
     def forward(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from mtl.augmentation.draws import Draws
 from mtl.config import Experiment
 from mtl.data.sample import Batch, DataInfo, as_floats
 from mtl.models.multitask import MultiTaskModel
 from mtl.plugins import in_plugin_of
-from mtl.tasks.base import Task
+from mtl.tasks.base import Task, ranks
 from mtl.training.balancing import Cut, LossBalancer
 from mtl.transfer.groups import parameter_groups
 
@@ -94,17 +95,34 @@ class MultiTaskModule(lightning.LightningModule):
         self.total_steps = total_steps
         self.thawed_at = (epoch, step)
 
+    def forget_masked(self) -> None:
+        """Drop the task of predicting hidden patches, if there is one."""
+        if self.model.masked is not None:
+            self.model.masked = None
+            for tasks in (self.tasks, self.measured, self.baseline):
+                del tasks["masked"]
+
     def each_task(self) -> Iterable[Task]:
         """Yield the tasks in order."""
         return (cast(Task, task) for task in self.tasks.values())
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return each task's prediction, in its own form and unit, for images (B, 3, H, W) in [0, 1]."""
-        outputs = self.model(image)
+        """Return the prediction of each task with a head, in its own form and unit, for images (B, 3, H, W) in [0, 1]."""
+        return self._predicted(self.model(image))
+
+    def predictions(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each task's prediction for a batch; of what is hidden, with the masks of the first epoch."""
+        predictions = (self.views or self)(batch["image"]) if len(self.model.heads) else {}
+        if self.model.masked is not None:
+            predictions |= self._predicted({"masked": self._reconstruct(batch, None)})
+        return predictions
+
+    def _predicted(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         predictions = {}
         for task in self.each_task():
-            with in_plugin_of(task, "predict"):
-                predictions[task.name] = task.predict(outputs[task.name])
+            if task.name in outputs:
+                with in_plugin_of(task, "predict"):
+                    predictions[task.name] = task.predict(outputs[task.name])
         return predictions
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -125,11 +143,18 @@ class MultiTaskModule(lightning.LightningModule):
         step = self.global_step
         if self.balancer.rule.needs_second_forward and self.balancer.asks(step):
             self._again = _Again(step, batch, Generators(self.device))
-        cut = self.balancer.cut(self.model.backbone, step, measure=(step + 1) % LOG_EVERY == 0)
+        shared = self.model.before_features()
+        cut = self.balancer.cut(shared, step, measure=(step + 1) % LOG_EVERY == 0)
         losses = self._losses(batch, cut)
         labelled = {task.name: task.labelled(batch) for task in self.each_task()}
+        before = set(map(id, shared))
         own = {
-            task.name: [p for part in (self.model.head(task.name), task) for p in part.parameters() if p.requires_grad]
+            task.name: [
+                p
+                for part in (self.model.head(task.name), task)
+                for p in part.parameters()
+                if p.requires_grad and id(p) not in before
+            ]
             for task in self.each_task()
         }
         balance = self.balancer(losses, labelled, own, cut, step, self._loss_scale())
@@ -138,16 +163,35 @@ class MultiTaskModule(lightning.LightningModule):
         return total
 
     def _losses(self, batch: Batch, cut: Cut | None) -> dict[str, Tensor]:
-        image = batch["image"]
-        pyramid = self.model.encode(image)
-        if cut is not None:
-            pyramid = cut.pyramid(pyramid)
-        outputs = self.model.decode(pyramid, (image.shape[-2], image.shape[-1]))
+        image, outputs = batch["image"], {}
+        if len(self.model.heads):
+            pyramid = self.model.encode(image)
+            if cut is not None:
+                pyramid = cut.through(pyramid)
+            outputs = self.model.decode(pyramid, (image.shape[-2], image.shape[-1]))
+        if self.model.masked is not None:
+            outputs["masked"] = self._reconstruct(batch, cut)
         losses: dict[str, Tensor] = {}
         for task in self.each_task():
             with in_plugin_of(task, "loss"):
                 losses[task.name] = task.loss(outputs[task.name], batch)
         return losses
+
+    def _reconstruct(self, batch: Batch, cut: Cut | None) -> Tensor:
+        """Hide patches of a batch's images and return what the masked head makes of the rest."""
+        head, image = self.model.masked, batch["image"]
+        assert head is not None
+        epoch, position = batch["draw"][0, 0], batch["draw"][:, 1]
+        draws = Draws(self.options.seed, epoch if self.training else 0, position)
+        mask = head.draw(draws, (image.shape[-2], image.shape[-1]))
+        features = self.model.encode_masked(image, mask)
+        if cut is not None:
+            features = cut.through(features)
+        outputs: Tensor = head(features, mask)
+        if ranks() == 1:
+            return outputs
+        # Of what only fills a batch up, nothing counts as hidden.
+        return torch.cat([outputs[:, :3], outputs[:, 3:] * (position >= 0).view(-1, 1, 1, 1)], dim=1)
 
     def _loss_scale(self) -> Tensor | None:
         """Return what half precision multiplies losses by, if it does."""
@@ -183,7 +227,7 @@ class MultiTaskModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
-        predictions = (self.views or self)(batch["image"])
+        predictions = self.predictions(batch)
         for task in self.each_task():
             target = batch[task.target]
             with in_plugin_of(task, "metrics' update"):

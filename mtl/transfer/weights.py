@@ -76,9 +76,9 @@ def initialise(model: MultiTaskModel, init: str) -> Report:
     """
     backbone = model.backbone
     if init == "none":
-        return Report("random", new_heads=list(model.heads))
+        return Report("random", new_heads=list(model.parts))
     if init == "imagenet":
-        report = Report(f"timm's pretrained {backbone.name}", new_heads=list(model.heads))
+        report = Report(f"timm's pretrained {backbone.name}", new_heads=list(model.parts))
         return _load_timm(backbone, _download(backbone), report)
     if init == "shipped":
         if backbone.name != SHIPPED_BACKBONE:
@@ -94,7 +94,7 @@ def initialise(model: MultiTaskModel, init: str) -> Report:
             f"--init {init}: there is no such file or run{nearest(init, ('shipped', 'imagenet', 'none'))}; "
             "give shipped, imagenet, none, a run's folder, a checkpoint or a file of weights"
         )
-    report = Report("the package" if init == "shipped" else str(path), new_heads=list(model.heads))
+    report = Report("the package" if init == "shipped" else str(path), new_heads=list(model.parts))
     state, metadata = read_weights(path)
     if metadata.get("backbone", backbone.name) != backbone.name:
         raise UserError(
@@ -351,15 +351,15 @@ def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report) -
         )
     model.backbone.load_state_dict({n: backbone[n] for n in wanted})
     report.loaded = len(wanted)
-    for task, head in model.heads.items():
-        prefix = f"model.heads.{task}."
+    for task, (inside, head) in model.parts.items():
+        prefix = f"model.{inside}."
         kept = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
         own = head.state_dict()
         if kept.keys() == own.keys() and all(kept[n].shape == own[n].shape for n in own):
             head.load_state_dict(kept)
             report.heads.append(task)
             report.new_heads.remove(task)
-    used = ("model.backbone.", *(f"model.heads.{task}." for task in report.heads))
+    used = ("model.backbone.", *(f"model.{model.parts[task][0]}." for task in report.heads))
     report.left_out = sorted(n for n in state if n.startswith("model.") and not n.startswith(used))
     return report
 
