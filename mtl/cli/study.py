@@ -1,16 +1,16 @@
 """``python -m mtl study``: measurements over many models or trainings."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from mtl import registry
-from mtl.cli.jobs import Trainings, check_different, check_outcomes, read_study, results_folder, run_jobs
+from mtl.cli.jobs import RUNS, Trainings, check_different, check_outcomes, read_study, results_folder, run_jobs
 from mtl.cli.surroundings import surroundings
-from mtl.cli.words import check_output
+from mtl.cli.words import check_output, values_of_flag
 from mtl.config import DECODERS, Experiment
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
@@ -19,6 +19,7 @@ from mtl.flags import parse
 if TYPE_CHECKING:
     from mtl.build import Surroundings
     from mtl.studies.comparison import Comparison, Entry, Held
+    from mtl.tasks.base import Task
 
 
 @dataclasses.dataclass
@@ -137,6 +138,91 @@ def _loss_weights(words: list[str], program: str) -> None:
     )
 
 
+PRETRAINING_QUICK: dict[str, Any] = QUICK | {"data": {"size": (64, 64)}}
+"""What --quick makes of the trainings from few labels."""
+
+
+@dataclasses.dataclass
+class _Pretraining(Trainings):
+    labels: Annotated[
+        list[int],
+        tyro.conf.arg(help="Numbers of labelled training images (none given: 25 50 100 400, with --quick 25 100)."),
+    ] = dataclasses.field(default_factory=list)
+    pretrain_steps: Annotated[
+        int | None, tyro.conf.arg(help="Optimizer steps of a pretraining (none: ten times those of what follows).")
+    ] = None
+    methods: Annotated[
+        list[str],
+        tyro.conf.arg(
+            help="Rows: scratch, masked-frozen, masked-fine-tuned, joint, segmentation-frozen, segmentation-fine-tuned "
+            "(none given: all for which there are labels, with --quick the first four). --weighting and --loss-weights "
+            "hold for joint, --backbone-lr and --layer-decay for what is fine-tuned."
+        ),
+    ] = dataclasses.field(default_factory=list)
+
+
+def _pretraining(words: list[str], program: str) -> None:
+    """Learn each task from few labels, from scratch and on pretrained backbones."""
+    flags, experiment = read_study(_Pretraining, PRETRAINING_QUICK, words, program, STUDIES["pretraining"][1])
+    check_different("--labels", flags.labels)
+    check_different("--methods", flags.methods)
+    if flags.labels and min(flags.labels) < 1:
+        raise UserError(f"--labels {min(flags.labels)} must be at least 1")
+    if flags.pretrain_steps is not None and flags.pretrain_steps < 1:
+        raise UserError(f"--pretrain-steps {flags.pretrain_steps} must be at least 1")
+    _check_undecided(experiment, words)
+    here = surroundings()
+    from mtl.studies import pretraining as study
+    from mtl.studies.comparison import prepare
+    from mtl.studies.pretraining_report import report
+
+    for name in flags.methods:
+        if name not in study.METHODS:
+            raise UserError(
+                f"--methods {name!r} is none{nearest(name, study.METHODS)}; there are {', '.join(study.METHODS)}"
+            )
+    folder = results_folder(experiment, "pretraining")
+    labels = flags.labels or (study.QUICK_LABELS if flags.quick else study.LABELS)
+    tasks, held = prepare(experiment, here)
+    default = study.QUICK_METHODS if flags.quick else tuple(study.METHODS)
+    methods = study.find_methods(experiment, flags.methods, default, here)
+    study.check_used(experiment, methods, flags.pretrain_steps)
+    setting = study.settle(experiment, flags.pretrain_steps, here)
+    study.check_labels(setting, labels, methods, here)
+    rows = study.plan(setting, labels, methods, flags.seeds, tasks, held, experiment.output_dir / RUNS)
+    _measure(
+        rows,
+        tasks,
+        held,
+        experiment,
+        flags,
+        here,
+        folder,
+        lambda comparison, folder: report(comparison, rows, tasks, setting, folder),
+    )
+
+
+def _check_undecided(experiment: Experiment, words: list[str]) -> None:
+    """Refuse what each row of the study decides for itself.
+
+    Raises:
+        UserError: It is given.
+    """
+    default = Experiment()
+    if "masked" in experiment.task:
+        raise UserError("--task masked: this study learns it by itself where it is wanted; name tasks with labels")
+    if experiment.init != "none" and (experiment.init != default.init or values_of_flag(words, "--init")):
+        raise UserError(f"--init {experiment.init}: this study decides what a backbone starts from; leave it out")
+    for name in ("freeze", "freeze_stages", "unfreeze_at", "lora"):
+        if getattr(experiment, name) != getattr(default, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: this study decides how much of a backbone learns, by --methods; leave it out")
+    if experiment.data.labels:
+        raise UserError("--data.labels: this study tries several numbers of labels; name them by --labels")
+    if experiment.more_data:
+        raise UserError("more_data: this study counts the labels of a single data set; leave the others out")
+
+
 def _compare(
     name: str,
     flags: Trainings,
@@ -151,10 +237,29 @@ def _compare(
         UserError: The experiment cannot be trained, or some trainings failed, which the table marks.
     """
     folder = results_folder(experiment, name)
-    from mtl.studies.comparison import Comparison, check_entries, jobs_of, measures_of, prepare
+    from mtl.studies.comparison import prepare
 
     tasks, held = prepare(experiment, here)
-    entries = plan(held)
+    _measure(plan(held), tasks, held, experiment, flags, here, folder, report)
+
+
+def _measure(
+    entries: "Sequence[Entry]",
+    tasks: "Sequence[Task]",
+    held: "Held",
+    experiment: Experiment,
+    flags: Trainings,
+    here: "Surroundings",
+    folder: Path,
+    report: "Callable[[Comparison, Path], str]",
+) -> None:
+    """Run the trainings of planned entries, and write their table and their picture to a folder.
+
+    Raises:
+        UserError: A training cannot be done, or some failed, which the table marks.
+    """
+    from mtl.studies.comparison import Comparison, check_entries, jobs_of, measures_of
+
     check_entries(entries, here)
     outcomes = run_jobs(jobs_of(entries), experiment, flags.jobs)
     print("\n" + report(Comparison(entries, outcomes, measures_of(tasks), held), folder))
@@ -166,6 +271,7 @@ STUDIES: dict[str, tuple[Callable[[list[str], str], None], str]] = {
     "backbones": (_backbones, "Try which timm backbones train with which decoders, and why the others do not."),
     "tasks": (_tasks, "Train each task alone and all together, under several weighting rules, and compare."),
     "loss-weights": (_loss_weights, "Sweep the ratio of two tasks' loss weights, and draw the trade-off."),
+    "pretraining": (_pretraining, "Learn from few labels, from scratch and after masked pretraining, and compare."),
 }
 """Each study's function and what it does."""
 

@@ -1,5 +1,6 @@
 """What studies of several tasks share: each task by itself, whose metrics count, and how rows of a table come about."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +179,9 @@ def single_tasks(experiment: Experiment, seeds: Sequence[int], held: Held) -> En
 
 
 def jobs_of(entries: Sequence[Entry]) -> list[Job]:
-    """Return the jobs of all entries, those of the first seed first."""
-    return [job for jobs in zip(*(entry.jobs for entry in entries), strict=True) for one in jobs for job in one]
+    """Return the jobs of all entries, those of the first seed first, each after those that it needs."""
+    found = [job for jobs in zip(*(entry.jobs for entry in entries), strict=True) for one in jobs for job in one]
+    return list(dict.fromkeys(each for job in found for each in (*job.after, job)))
 
 
 def check_entries(entries: Sequence[Entry], surroundings: Surroundings) -> None:
@@ -191,9 +193,9 @@ def check_entries(entries: Sequence[Entry], surroundings: Surroundings) -> None:
         UserError: A training's steps do not suffice for its schedule, or its rule cannot be used.
     """
     samples: dict[str, Samples] = {}
-    for job in (job for entry in entries for job in entry.jobs[0]):
+    for job in jobs_of([dataclasses.replace(entry, jobs=entry.jobs[:1]) for entry in entries]):
         experiment = job.experiment
-        key = " ".join(experiment.task)  # which decides the data, as one study's trainings differ otherwise in rules
+        key = f"{' '.join(experiment.task)} {experiment.data.model_dump_json()}"
         if key not in samples:
             samples[key] = load_samples(experiment, "train", surroundings)
         check_schedule(experiment, min(fit.steps for fit in plan_fits(experiment, len(samples[key]))))
