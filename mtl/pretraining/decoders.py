@@ -1,11 +1,12 @@
 """Light decoders from a masked view's features to its pixels; thrown away after pretraining."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from timm.layers import LayerNorm, LayerNorm2d
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models import checkpoint_seq
+from timm.models import checkpoint, checkpoint_seq
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -81,6 +82,11 @@ class TokenDecoder(nn.Module):
         tokens = checkpoint_seq(self.blocks, tokens) if self.grad_checkpointing else self.blocks(tokens)
         return _regroup(self.predict(self.last_norm(tokens[:, prefixes:])), visible.grid, self.patch)
 
+    def set_bias(self, bias: Tensor) -> None:
+        """Set the last layer's bias to a colour (3,)."""
+        with torch.no_grad():
+            self.predict.bias.view(-1, 3).copy_(bias)
+
     def timm_tensors(self) -> dict[str, Tensor]:
         """Return the encoder's tensors that were trained here and not in its `Backbone`, by timm's names.
 
@@ -105,6 +111,9 @@ class PyramidDecoder(nn.Module):
         fill: Whether features at hidden positions are replaced by tokens. Where the encoder sees mask tokens
             itself ("input"), what it makes of them is what is decoded.
 
+    Attributes:
+        grad_checkpointing: Whether the blocks recompute their activations instead of storing them.
+
     Raises:
         UserError: The patch is no such multiple.
     """
@@ -115,6 +124,7 @@ class PyramidDecoder(nn.Module):
         strides = sorted(last, reverse=True)
         check_patch(backbone, patch)
         self.patch = patch
+        self.grad_checkpointing = False
         self.levels = [last[stride] for stride in strides]
         self.stride = strides[-1]
         channels = [backbone.channels[level] for level in self.levels]
@@ -146,8 +156,19 @@ class PyramidDecoder(nn.Module):
             if self.tokens is not None:
                 hidden = resize_mask(mask, (lateral.shape[-2], lateral.shape[-1])).unsqueeze(1)
                 lateral = torch.where(hidden, self.tokens[step].to(lateral.dtype), lateral)
-            features = self.blocks[step](lateral if features is None else lateral + self.ups[step - 1](features))
+            joined = lateral if features is None else lateral + self.ups[step - 1](features)
+            block = self.blocks[step]
+            features = checkpoint(block, joined) if self.grad_checkpointing else block(joined)
         return patchify(functional.pixel_shuffle(self.predict(features), self.stride), self.patch)
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Set the last layer's bias to a colour (3,)."""
+        with torch.no_grad():
+            cast(Tensor, self.predict.bias).view(3, -1).copy_(bias.unsqueeze(-1))
+
+    def timm_tensors(self) -> dict[str, Tensor]:
+        """Return nothing: no tensor of the encoder is trained here."""
+        return {}
 
 
 def _regroup(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

@@ -11,15 +11,14 @@ takes three kinds of hooks:
 
 Everything else computes each position by itself, and what it makes of a hidden one is never read.
 
-The hooks are put on a copy of the module tree that shares the parameters and buffers and lives as long as the graph of
-one pass. So the backbone itself is never changed, passes with other masks or none do not disturb each other, and
-gradient checkpointing, which computes parts of the encoder anew during the backward pass, finds the hooks in place.
+The hooks are put on a twin (`mtl.pretraining.twins`), which lives as long as the graph of one pass. So the backbone is
+never changed, passes with other masks or none do not disturb each other, and gradient checkpointing, which computes
+parts of the encoder anew during the backward pass, finds the hooks in place.
 """
 
 import copy
 from collections.abc import Callable
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import (
@@ -46,6 +45,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from mtl.errors import UserError
 from mtl.models.backbone import Backbone, Pyramid
 from mtl.pretraining.targets import resize_mask
+from mtl.pretraining.twins import twin
 from mtl.pretraining.visibility import Visibility
 
 _SUMS = (nn.Conv2d, nn.AvgPool2d, BlurPool2d)
@@ -148,14 +148,14 @@ def _pyramid(
         disturbance: Where given, noise from here is added to what is hidden behind every convolution.
     """
     twins: dict[nn.Module, nn.Module] = {}
-    twin = cast(Backbone, _twin(backbone, twins))
+    hooked = twin(backbone, twins)
     inner: set[nn.Module] = set()
     for module in twins.values():  # a parent before its children
         if module in inner or _hook(module, visibility):
             inner.update(module.children())
         elif disturbance is not None and isinstance(module, nn.Conv2d):
             module.register_forward_hook(_disturb_hidden(visibility, disturbance))
-    maps = twin(image).maps
+    maps = hooked(image).maps
     return Pyramid([features.masked_fill(visibility.share(features) == 0, 0) for features in maps], [])
 
 
@@ -265,26 +265,3 @@ class _OnVisible:
         x = output.permute(0, 3, 1, 2) if self.channels_last else output
         x = self.visibility.scatter(x, *self.size)
         return x.permute(0, 2, 3, 1) if self.channels_last else x
-
-
-def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Return a copy of a module tree with hooks of its own, whose parameters, buffers and all else are the module's.
-
-    Args:
-        module: Root of the tree.
-        twins: Those of the modules met so far, which are added to: a module may be in several places.
-    """
-    if module not in twins:
-        twin = twins[module] = module.__new__(type(module))
-        for name, value in module.__dict__.items():
-            # Some choose among their methods once, and keep the one chosen.
-            own = isinstance(value, MethodType) and value.__self__ is module
-            twin.__dict__[name] = MethodType(value.__func__, twin) if own else value
-        twin.__dict__.update(
-            _forward_pre_hooks=module._forward_pre_hooks.copy(),
-            _forward_hooks=module._forward_hooks.copy(),
-            # A program compiled without these hooks would go on without them.
-            _compiled_call_impl=None,
-            _modules={name: child and _twin(child, twins) for name, child in module._modules.items()},
-        )
-    return twins[module]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mtl.models.backbone import Backbone, Pyramid
 from mtl.pretraining.targets import resize_mask
+from mtl.pretraining.twins import twin
 
 
 class MaskedInput(nn.Module):
@@ -34,7 +35,9 @@ class MaskedInput(nn.Module):
         Raises:
             ValueError: The mask's patches do not fit the image.
         """
-        pyramid: Pyramid = backbone(self.cover(backbone, image, mask))
+        covered = self.cover(backbone, image, mask)
+        # What gradient checkpointing computes anew is to be as it is here, where statistics may be kept, and not later.
+        pyramid: Pyramid = (twin(backbone) if backbone._compiled_call_impl is None else backbone)(covered)
         return pyramid
 
     def cover(self, backbone: Backbone, image: Tensor, mask: Tensor) -> Tensor:

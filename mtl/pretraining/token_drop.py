@@ -1,6 +1,6 @@
 """Token drop: a plain vision transformer that computes nothing but the visible patches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class Visible(NamedTuple):
     grid: tuple[int, int]
 
 
+Encode = Callable[[Backbone, Tensor, Tensor], Visible]
+"""What does as `encode_visible` does."""
+
+
 def can_drop_tokens(backbone: Backbone) -> bool:
     """Return whether a backbone can be computed on its visible patches alone.
 
@@ -61,7 +65,7 @@ def visible_indices(mask: Tensor, count: int | None = None) -> Tensor:
     return mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
 
 
-def visible_tokens(backbone: Backbone, image: Tensor, mask: Tensor) -> Visible:
+def visible_tokens(backbone: Backbone, image: Tensor, mask: Tensor, encode: Encode | None = None) -> Visible:
     """Compute a plain vision transformer's last block on the visible patches alone.
 
     Hidden pixels reach nothing: whatever they are, the result is the same to the last bit.
@@ -71,13 +75,14 @@ def visible_tokens(backbone: Backbone, image: Tensor, mask: Tensor) -> Visible:
         image: (B, 3, H, W) in [0, 1], H and W multiples of the mask's patches.
         mask: (B, h, w) bool, True where hidden, with equally many hidden in each image; its patches may be several
             of the transformer's own in height and width.
+        encode: `encode_visible` in a compiled form, or None for itself.
 
     Raises:
         ValueError: Images have different numbers of visible patches, or the mask's grid does not fit the image.
     """
     patch = backbone.strides[-1]
     mask = resize_mask(mask, (image.shape[-2] // patch, image.shape[-1] // patch))
-    return encode_visible(backbone, image, visible_indices(mask))
+    return (encode or encode_visible)(backbone, image, visible_indices(mask))
 
 
 def encode_visible(backbone: Backbone, image: Tensor, indices: Tensor) -> Visible:
