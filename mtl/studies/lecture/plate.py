@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from mtl.figures import save
 from mtl.files import write_whole
-from mtl.studies.figures import save
 
 WIDTH, HEIGHT = 3.7, 3.1
 """Inches of a panel."""
