@@ -311,6 +311,8 @@ def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool
     _check_runs(model, experiment, training)
     if experiment.freeze or experiment.freeze_stages:
         backbone.freeze(experiment.freeze_stages)
+        if masked is not None and masked.cover is not None:
+            masked.cover.requires_grad_(False)  # a frozen stem has no gradient to give to pixels
     if experiment.grad_checkpointing:
         backbone.checkpoint_gradients()
         if masked is not None:

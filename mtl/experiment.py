@@ -436,13 +436,15 @@ def _of_masked(
     """Return the callbacks that show what masked pretraining does."""
     callbacks: list[Callback] = [Reconstructions(folder / "reconstructions", validation)]
     every = probe_every(module.options, sum(fit.epochs for fit in fits))
-    info = training.source.info
-    names = [name for name in ("segmentation", "depth", "normals") if target_of(name) in info.targets]
-    if every and names:
-        tasks = build_tasks(module.options.model_copy(update={"task": names}), info)
-        learnt, measured = (s.with_targets([task.target for task in tasks]) for s in (training, validation))
-        callbacks.append(OnlineProbe(LinearProbe(tasks, learnt, measured, seed=module.options.seed), every))
+    if every and (tasks := _probed(module)):
+        callbacks.append(OnlineProbe(LinearProbe(tasks, training, validation, seed=module.options.seed), every))
     return callbacks
+
+
+def _probed(module: MultiTaskModule) -> list[Task]:
+    """Return the tasks for which masked features are tried: the package's own that the data have labels of."""
+    names = [name for name in ("segmentation", "depth", "normals") if target_of(name) in module.info.targets]
+    return build_tasks(module.options.model_copy(update={"task": names}), module.info)
 
 
 def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples, surroundings: Surroundings) -> None:
@@ -496,7 +498,8 @@ def _draw(
 ) -> None:
     """Write the run's pictures, of the same few samples every time."""
     tasks = list(module.each_task())
-    draw_curves(outcome.folder / "curves.png", history, tasks, outcome.constant)
+    probed = _probed(module) if module.model.masked is not None else []
+    draw_curves(outcome.folder / "curves.png", history, tasks, outcome.constant, probed)
     if len(tasks) > 1:
         draw_weighting(outcome.folder / "weighting.png", history, [task.name for task in tasks])
     panels, predictions, targets = predict_panels(module, samples)

@@ -233,10 +233,6 @@ class Samples(Dataset[Batch]):
         found: np.ndarray = self.source.labelled(target)[self.indices] & used
         return found
 
-    def with_targets(self, targets: Iterable[str]) -> "Samples":
-        """Return the same samples with other labels, as they are stored: neither changed nor kept anywhere."""
-        return Samples(self.source, self.indices, targets, hidden=self.hidden)
-
     def labels(self, target: str, limit: int = 512) -> Iterator[torch.Tensor]:
         """Yield labels of a target in chunks, in the host's memory and without augmentation.
 

@@ -91,6 +91,8 @@ class MultiTaskModule(lightning.LightningModule):
             step: Optimizer steps done before.
         """
         self.model.backbone.thaw()
+        if self.model.masked is not None:
+            self.model.masked.requires_grad_(True)
         self.model.train()
         self.total_steps = total_steps
         self.thawed_at = (epoch, step)
@@ -107,7 +109,7 @@ class MultiTaskModule(lightning.LightningModule):
         return (cast(Task, task) for task in self.tasks.values())
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return the prediction of each task with a head, in its own form and unit, for images (B, 3, H, W) in [0, 1]."""
+        """Return the prediction of each task with a head, in its own form and unit, for images (B, 3, H, W)."""
         return self._predicted(self.model(image))
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:

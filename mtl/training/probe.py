@@ -70,14 +70,17 @@ class LinearProbe:
     def __init__(
         self, tasks: Sequence[Task], training: Samples, validation: Samples, steps: int = 200, seed: int = 0
     ) -> None:
-        self.tasks, self.training, self.validation = list(tasks), copy.copy(training), validation
-        self.training.augment = None
-        self.steps, self.seed = steps, seed
+        self.tasks, self.steps, self.seed = list(tasks), steps, seed
+        self.training = _some_of(training, self.tasks, LEARNT)
+        self.validation = _some_of(validation, self.tasks, MEASURED)
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         """Return each task's main metric, by the name ``probe/TASK/METRIC``."""
         # Validation runs in inference mode, whose tensors nothing can be learnt from.
         with torch.inference_mode(False), torch.no_grad(), _left_as_it_is(backbone):
+            for samples in (self.training, self.validation):
+                if samples.stored is None and len(samples):
+                    samples.keep("memory")
             # Tasks with labels of the same images share their features.
             groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Task]] = {}
             for task in self.tasks:
@@ -228,10 +231,15 @@ class _Head(nn.Module):
             return self.task.loss(outputs[..., : target.shape[-2], : target.shape[-1]], {self.task.target: target})
 
 
+def _some_of(samples: Samples, tasks: Sequence[Task], limit: int) -> Samples:
+    """Return those samples, as the source has them, that any of the tasks is to have."""
+    targets = list(dict.fromkeys(task.target for task in tasks))
+    rows = sorted({row for target in targets for row in _labelled(samples, target, limit)})
+    return Samples(samples.source, [samples.indices[row] for row in rows], targets, hidden=samples.hidden)
+
+
 def _labelled(samples: Samples, target: str, limit: int) -> tuple[int, ...]:
     """Return rows of samples with a label to use, spread evenly, at most so many."""
-    if target not in samples.targets:
-        return ()
     rows = np.flatnonzero(samples.has(target))
     return tuple(rows[_spread(len(rows), limit)].tolist())
 

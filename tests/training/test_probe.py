@@ -174,13 +174,17 @@ class TestImages:
         everything, hidden = samples(Stripes(8)), samples(Stripes(8))
         nowhere = samples(Stripes(8, having={"depth": lambda index: False}))
         hidden.hidden = {"depth": frozenset(range(8))}
-        unloaded = samples(Stripes(8))
-        unloaded.targets = ("segmentation",)
         every = [*tasks(), Normals(INFO)]
-        for lacking in (nowhere, hidden, unloaded):
+        for lacking in (nowhere, hidden):
             for splits in ((everything, lacking), (lacking, everything)):
                 assert LinearProbe(every, *splits, steps=1)(Known()).keys() == {"probe/segmentation/miou"}
         assert LinearProbe(every[1:], nowhere, everything)(Known()) == {}
+
+    def test_labels_are_read_that_training_does_not_use(self) -> None:
+        pictures = samples(Stripes(8))
+        pictures.targets = ()
+        found = LinearProbe(tasks(), pictures, pictures, steps=1)(Known())
+        assert found.keys() == {"probe/segmentation/miou", "probe/depth/abs_rel"}
 
     def test_labels_without_a_valid_pixel_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         original = Stripes._sample
@@ -205,9 +209,11 @@ class TestImages:
     def test_they_are_as_few_as_memory_holds_features_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # A picture has 3 channels at stride 4 and one at stride 8.
         monkeypatch.setattr(probe, "KEPT", 3 * (3 * 16**2 + 8**2) + 100)
-        source = Stripes(101)
-        LinearProbe(tasks(), samples(source), samples(Stripes(4)), steps=1)(Known())
-        assert sorted(set(source.asked)) == [0, 50, 100]
+        passed: list[int] = []
+        forward = Known.forward
+        monkeypatch.setattr(Known, "forward", lambda self, image: passed.append(len(image)) or forward(self, image))
+        LinearProbe(tasks(), samples(Stripes(101)), samples(Stripes(4)), steps=1)(Known())
+        assert passed == [1, 3, 4], "one to see the sizes, those to learn from, and those to measure"
 
     def test_they_are_not_augmented(self) -> None:
         training = samples(Stripes(8), augment=lambda sample, generator: pytest.fail("augmented"))
