@@ -65,8 +65,8 @@ def load(run: str | Path, *, device: str = "auto", plugins: Sequence[str | Path]
         from mtl.plugins import load_plugins
 
         load_plugins([Path(file) for file in plugins])
-    from mtl.experiment import load_run
     from mtl.prediction.predictor import Predictor
+    from mtl.runs import load_run
 
     return Predictor(load_run(Path(run), {"device": device}), **options)
 

@@ -42,7 +42,6 @@ from mtl.config import (
     changed,
     dump,
     resolve_augmentation,
-    validate,
 )
 from mtl.data.loading import Key, Samples
 from mtl.data.sample import Batch, DataInfo, as_floats
@@ -50,6 +49,7 @@ from mtl.errors import UserError
 from mtl.files import write_whole
 from mtl.plugins import in_plugin_of
 from mtl.prediction.tta import SCALES, AveragedViews
+from mtl.runs import read_run, restored, stored_experiment
 from mtl.tasks.base import Panel, Task
 from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
 from mtl.training.cost import COST_FILE, Cost
@@ -219,7 +219,8 @@ def evaluate(
         UserError: The run or the data cannot be used.
     """
     start = time.monotonic()
-    experiment, checkpoint = _stored(run, changes)
+    path = find_checkpoint(run)
+    experiment, checkpoint = read_run(path, changes)
     samples = load_samples(experiment, split, surroundings, all_tasks=False)
     keep_samples(experiment, [samples], surroundings)
     info, trained_on = samples.source.info, DataInfo(**checkpoint["data"])
@@ -235,7 +236,7 @@ def evaluate(
             f"{'inverse depth' if info.inverse_depth else 'metres'}; evaluate on data of the same kind"
         )
     # The model is that of the training's data, of whose targets these may have but some.
-    module = _restored(run, experiment, checkpoint, trained_on)
+    module = restored(path, experiment, checkpoint, trained_on)
     if views is not False:
         if module.model.masked is not None:
             raise UserError(
@@ -244,43 +245,6 @@ def evaluate(
         module.views = AveragedViews(module, SCALES if views is True else views)
     results = _measure(module, samples, experiment)
     return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
-
-
-def load_run(run: Path, changes: Mapping[str, Any]) -> MultiTaskModule:
-    """Return a run's best checkpoint, ready to predict, on the experiment's device.
-
-    Args:
-        run: The run's folder.
-        changes: Fields of the run's experiment to change, such as ``{"device": "cpu"}``.
-
-    Returns:
-        The module, without what has learned to predict hidden patches.
-
-    Raises:
-        UserError: The run cannot be used, or predicts nothing but those.
-    """
-    experiment, checkpoint = _stored(run, {"compile": False, "devices": 1, **changes})
-    if experiment.task == ["masked"]:
-        raise UserError(
-            f"{run} has learned from pictures alone, and predicts nothing of them; train a task on it first, as by "
-            f"python train.py --task depth --init {run}"
-        )
-    module = _restored(run, experiment, checkpoint, DataInfo(**checkpoint["data"]))
-    module.forget_masked()
-    device = experiment.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return module.to(device).eval()
-
-
-def _stored(run: Path, changes: Mapping[str, Any]) -> tuple[Experiment, dict[str, Any]]:
-    """Return a run's experiment with some fields changed, and its checkpoint."""
-    path = find_checkpoint(run)
-    checkpoint = load_checkpoint(path)
-    experiment = changed(stored_experiment(checkpoint, path), changes)
-    require(checkpoint, path, "state_dict", "data", "global_step")
-    check_machine(experiment)
-    return experiment, checkpoint
 
 
 def _check_resumable(experiment: Experiment, path: Path) -> dict[str, Any]:
@@ -298,25 +262,6 @@ def _check_resumable(experiment: Experiment, path: Path) -> dict[str, Any]:
                 f"{getattr(experiment, name)}; put that back, or start a new run with --init"
             )
     return checkpoint
-
-
-def _restored(run: Path, experiment: Experiment, checkpoint: Mapping[str, Any], info: DataInfo) -> MultiTaskModule:
-    """Return the module that a checkpoint was made of, with its weights."""
-    module = build_module(experiment, info, total_steps=0)
-    adapt(module)
-    load_weights(module, checkpoint["state_dict"], find_checkpoint(run))
-    return module
-
-
-def stored_experiment(checkpoint: Mapping[str, Any], path: Path) -> Experiment:
-    """Return the experiment that made a checkpoint.
-
-    Raises:
-        UserError: The checkpoint is not one of this package.
-    """
-    if "experiment" not in checkpoint:
-        raise UserError(f"{path} is not a checkpoint of this package; give the folder of a run")
-    return validate(checkpoint["experiment"], f"{path}: ")
 
 
 def preview(experiment: Experiment, surroundings: Surroundings, path: Path, count: int) -> list[Path]:

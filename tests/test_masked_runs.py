@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from mtl.cli import main
-from mtl.experiment import load_run
 from mtl.models.backbone import Backbone
+from mtl.runs import load_run
 from mtl.transfer.weights import load_checkpoint, read_weights
 
 BACKBONES = {

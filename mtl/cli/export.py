@@ -42,8 +42,8 @@ def run(words: list[str], program: str, description: str) -> None:
     if flags.size is not None and min(flags.size) < 16:
         raise UserError(f"--size {flags.size[0]} {flags.size[1]}: height and width must be at least 16 pixels")
     surroundings()
-    from mtl.experiment import load_run
     from mtl.exporting import export
+    from mtl.runs import load_run
 
     module = load_run(flags.run, {"device": "cpu"})
     output = flags.output_dir or flags.run / "export"

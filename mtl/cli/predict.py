@@ -48,9 +48,9 @@ def run(words: list[str], program: str, description: str) -> None:
     changed(load(flags.run / "config.yaml"), {"device": flags.device})  # refuses a wrong value at once
     views = views_of(flags.tta)
     surroundings()
-    from mtl.experiment import load_run
     from mtl.prediction.files import find_images, predict_files
     from mtl.prediction.predictor import Predictor
+    from mtl.runs import load_run
 
     images = find_images(flags.images)
     module = load_run(flags.run, {"device": flags.device})
