@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -90,6 +90,11 @@ class Batches(Sampler[list[Key]]):
                 )
             parts = [range(length)] if parts is None else parts
             self.shares = _shares(parts, [len(part) for part in parts] if ratios is None else ratios, self.length)
+
+    @property
+    def sampler(self) -> Self:
+        """Return this: Lightning tells the epoch to what samples inside a batch sampler, and to nothing else."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
