@@ -66,6 +66,10 @@ LABELS, QUICK_LABELS = (25, 50, 100, 400), (25, 100)
 LONGER = 10
 """Pretraining takes so many times the steps of what follows, unless --pretrain-steps says otherwise."""
 
+CROP = 1.0
+"""Masked pretraining enlarges pictures up to twice and keeps any part, unless --augmentation.crop says otherwise: what
+is passed over many times is learned by heart, and crops are the augmentation that MAE found to suffice."""
+
 LABELLED_SHARE = 0.5
 """Share of the samples that have a label where the masked task is learned beside another."""
 
@@ -294,6 +298,8 @@ def _pretraining(setting: Setting, teacher: Teacher) -> Experiment:
     lengths = {"max_steps": setting.pretrain_steps, "validate_every": setting.pretrain_steps, "patience": None}
     changes = {**lengths, **dict.fromkeys(OF_TUNING), "monitor": "gain"}
     changes["mask"] = _mask(experiment) if teacher == "masked" else {}
+    if teacher == "masked" and experiment.augmentation.crop is None:
+        changes["augmentation"] = experiment.augmentation.model_dump(mode="json") | {"crop": CROP}
     return alone(changed(experiment, changes | {"data": data}), teacher)
 
 

@@ -143,10 +143,12 @@ def _cost(comparison: Comparison, rows: Sequence[Row], teacher: Teacher, setting
     after = [job for row in rows if row.method.teacher == teacher for jobs in row.jobs for job in jobs]
     before = {each for job in after for each in job.after}
     first, then = (Spread.of(_seconds(comparison.outcomes[job]) for job in jobs) for jobs in (before, after))
-    took = "" if first is None or then is None else f" and took {_short(first)} seconds, what followed {_short(then)}"
+    took = "" if first is None or then is None else f", and took {_short(first)} seconds, what followed {_short(then)}"
+    crop = next(iter(before)).experiment.augmentation.crop
+    enlarged = f" on pictures enlarged by a factor of up to {1 + crop:g}" if crop else ""
     return (
-        f"Pretraining ({teacher}) had {setting.pretrain_steps} steps a seed{took}; it is shared by all tasks and "
-        "numbers of labels, and comes on top of the rows' own steps."
+        f"Pretraining ({teacher}) had {setting.pretrain_steps} steps a seed{enlarged}{took}; it is shared by all tasks "
+        "and numbers of labels, and comes on top of the rows' own steps."
     )
 
 

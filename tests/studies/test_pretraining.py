@@ -268,7 +268,11 @@ def test_the_report(tmp_path: Path) -> None:
             "difference of -0.1, with a spread of 0.04.") in text  # fmt: skip
     assert "10 labels: *masked, then fine-tuned* **does not differ by more than the spread from** *from" in text
     # 200 steps of 0.5 and of 0.6 s, then 20 of 0.5 s.
-    assert "Pretraining (masked) had 200 steps a seed and took 110 ± 14 seconds, what followed 10 ± 0;" in text
+    assert (
+        "Pretraining (masked) had 200 steps a seed on pictures enlarged by a factor of up to 2, and took 110 ± 14"
+        in text
+    )
+    assert "110 ± 14 seconds, what followed 10 ± 0;" in text
     assert "in 20 steps of 16 samples" in text and "5 labels" in text and "failed" not in text
     assert (tmp_path / "out" / "table.md").read_text() == text
     assert (tmp_path / "out" / "picture.png").read_bytes()[:4] == b"\x89PNG"
