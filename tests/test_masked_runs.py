@@ -159,7 +159,7 @@ class TestRefusals:
             (["--mask.decoder-width", "33"], ["--mask.decoder-width", "multiple of 32"]),
             (["--data.labels", "masked=3"], ["masked", "pictures alone"]),
             (["--data.labelled-share", "0.5"], ["--data.labelled-share", "beside tasks with labels"]),
-            (["--data.size", "32", "32"], ["1 patches", "--data.size"]),
+            (["--data.size", "32", "32"], ["a single patch", "--data.size"]),
             (["--monitor", "masked/los"], ["masked/los", "masked/loss"]),
             (["--mask.probe-every", "-1"], ["--mask.probe-every"]),
         ],
@@ -177,7 +177,7 @@ class TestRefusals:
         self, quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert run("train", *quick, "--task", "depth", "masked", "--data.labelled-share", "0.5") == 2
-        assert "all of the 24 training samples have a label" in capsys.readouterr().err
+        assert "each of the 24 training samples has a label, as for 'depth'" in capsys.readouterr().err
 
     def test_of_predicting_with_what_predicts_nothing(
         self, quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -78,7 +78,7 @@ class TokenDecoder(nn.Module):
         positions = build_sincos2d_pos_embed(list(visible.grid), width, device=tokens.device)
         hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), len(positions), -1)
         patches = hidden.scatter(1, visible.indices.unsqueeze(-1).expand(-1, -1, width), tokens[:, prefixes:])
-        tokens = torch.cat([tokens[:, :prefixes], patches + positions], dim=1)
+        tokens = torch.cat([tokens[:, :prefixes], patches + positions.to(patches.dtype)], dim=1)
         tokens = checkpoint_seq(self.blocks, tokens) if self.grad_checkpointing else self.blocks(tokens)
         return _regroup(self.predict(self.last_norm(tokens[:, prefixes:])), visible.grid, self.patch)
 

@@ -12,7 +12,7 @@ from mtl.models.backbone import Backbone, Pyramid
 from mtl.pretraining.decoders import PyramidDecoder, TokenDecoder
 from mtl.pretraining.masked_convolution import masked_features
 from mtl.pretraining.masked_input import MaskedInput
-from mtl.pretraining.masks import check_patch, draw_masks, extend, grid_of
+from mtl.pretraining.masks import check_patch, draw_masks, extend, grid_of, hidden_count
 from mtl.pretraining.methods import Method, check_method, method_of
 from mtl.pretraining.targets import resize_mask, unpatchify
 from mtl.pretraining.token_drop import Visible, encode_visible, visible_tokens
@@ -38,7 +38,8 @@ class MaskedHead(nn.Module):
     Attributes:
         method: How: "tokens", "convolution" or "input", see `mtl.pretraining.methods`.
         patch: Side of a patch in pixels.
-        ratio: Share of the patches that are hidden.
+        ratio: Share of the patches that are hidden, but for rounding to whole patches.
+        target: What is predicted of them, see `mtl.pretraining.targets`.
         cover: What stands in hidden pixels where the encoder sees them ("input"), else None.
 
     Raises:
@@ -60,7 +61,7 @@ class MaskedHead(nn.Module):
             )
         self.patch = patch
         self.ratio = _RATIOS[self.method] if options.ratio is None else options.ratio
-        self.blocks = options.blocks
+        self.blocks, self.target = options.blocks, options.target
         self.cover = MaskedInput(patch) if self.method == "input" else None
         width, depth = options.decoder_width, options.decoder_depth or _DEPTH
         self.decoder: TokenDecoder | PyramidDecoder = (
@@ -69,6 +70,12 @@ class MaskedHead(nn.Module):
             else PyramidDecoder(backbone, patch, width, fill=self.method == "convolution")
         )
         self._encode_visible = encode_visible
+
+    def summary(self, size: tuple[int, int]) -> str:
+        """Say in a line what is hidden of images of `size` = (H, W) pixels."""
+        rows, columns = grid_of(size, self.patch)
+        count = hidden_count((rows, columns), self.ratio)
+        return f"masked ({self.method}): {count} of {rows * columns} patches of {self.patch} pixels are hidden"
 
     def draw(self, draws: Draws, size: tuple[int, int]) -> Tensor:
         """Return masks (B, h, w) bool for images of `size` = (H, W) pixels, True where hidden.

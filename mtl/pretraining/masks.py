@@ -53,6 +53,11 @@ def hidden_count(grid: tuple[int, int], ratio: float) -> int:
     if not 0 <= ratio < 1:
         raise UserError(f"--mask.ratio {ratio:g} is the share of patches to hide; give a number from 0 to less than 1")
     total = grid[0] * grid[1]
+    if total == 1 and ratio:
+        raise UserError(
+            f"--mask.ratio {ratio:g}: a picture is a single patch, which cannot be hidden; give a smaller --mask.patch "
+            "or a larger --data.size"
+        )
     count = round(ratio * total)
     if count == total or (count == 0 and ratio > 0):
         raise UserError(

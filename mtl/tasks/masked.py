@@ -32,7 +32,9 @@ class Masked(Task):
     Attributes:
         options: What is predicted, and by which distance it is judged.
         patch: Side of a patch in pixels.
-        mean_colour: Mean (3,) of the training pictures in [0, 1]; mid-grey until `observe`.
+        mean_colour: Mean (3,) of what is predicted of the training pictures: of their colours, or, where each patch is
+            normalised over all of its colours together, of what is then left of a tint. Without `observe`, mid-grey
+            or zero.
     """
 
     name = "masked"
@@ -47,7 +49,7 @@ class Masked(Task):
         self.options = options
         self.patch = patch
         self.likelihood = "laplace" if options.distance == "l1" else "gaussian"
-        self.register_buffer("mean_colour", torch.full((3,), 0.5))
+        self.register_buffer("mean_colour", torch.full((3,), 0.5 if options.target == "raw" else 0.0))
 
     @property
     def channels(self) -> int:
@@ -55,7 +57,7 @@ class Masked(Task):
         return 3
 
     def observe(self, targets: Iterable[Tensor]) -> None:
-        """Take the mean colour of the training pictures.
+        """Take the mean colour of what is predicted of the training pictures.
 
         Args:
             targets: Chunks of pictures (n, 3, H, W), uint8, or floats in [0, 1].
@@ -66,8 +68,9 @@ class Masked(Task):
         total, count = torch.zeros(3, dtype=torch.float64), 0
         for chunk in targets:
             largest = 1 if chunk.is_floating_point() else 255
-            total += chunk.sum(dim=(0, 2, 3), dtype=most_precise(chunk.device)).cpu() / largest
-            count += chunk[:, 0].numel()
+            wanted = _wanted(chunk / largest, self.options, self.patch).reshape(-1, 3)
+            total += wanted.sum(dim=0, dtype=most_precise(chunk.device)).cpu()
+            count += len(wanted)
         if not count:
             raise UserError(
                 f"there is no picture for the task {self.name!r} among the training samples: add pictures, or leave"
@@ -76,8 +79,8 @@ class Masked(Task):
         self.mean_colour.copy_(total / count)
 
     def initial_bias(self) -> Tensor:
-        """Return the mean colour (3,) of what is predicted, which in normalised patches is zero."""
-        return torch.zeros_like(self.mean_colour) if self.options.target == "normalized" else self.mean_colour.clone()
+        """Return the mean colour (3,) of what is predicted."""
+        return self.mean_colour.clone()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean distance over the hidden patches (of all ranks).

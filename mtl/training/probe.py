@@ -149,7 +149,7 @@ class LinearProbe:
 
 
 class OnlineProbe(Callback):
-    """Record what a probe measures: before the first step, after every so many epochs, and at the end.
+    """Record what a probe measures: before the first step, after every so many epochs, and after the last one planned.
 
     A validation's end is where it acts, on the weights that are validated. Every rank probes and one of them records.
 

@@ -111,7 +111,7 @@ class TestLoss:
 
 class TestPrior:
     def test_mean_colour_is_that_of_all_pixels_however_they_are_stored_and_cut(self) -> None:
-        stored = torch.randint(0, 256, (7, 3, 5, 6), dtype=torch.uint8)
+        stored = torch.randint(0, 256, (7, 3, 8, 12), dtype=torch.uint8)
         expected = stored.double().div(255).mean(dim=(0, 2, 3)).float()
         for chunks in (stored.split([1, 4, 2]), (stored.float() / 255).split(7)):
             task = make("raw")
@@ -122,10 +122,21 @@ class TestPrior:
             again.load_state_dict(task.state_dict())
             assert torch.equal(again.initial_bias(), task.initial_bias())
 
-    def test_normalised_patches_start_at_zero(self) -> None:
+    def test_normalised_patches_keep_a_tint(self) -> None:
+        """Each is normalised over its three colours together: where red is always above blue, it stays so."""
+        pictures = torch.rand(5, 3, 8, 12, dtype=torch.float64) * 0.2 + torch.tensor([0.6, 0.4, 0.1]).view(1, 3, 1, 1)
         task = make("normalized")
-        task.observe([torch.full((1, 3, 4, 4), 200, dtype=torch.uint8)])
         assert torch.equal(task.initial_bias(), torch.zeros(3))
+        task.observe([pictures[:2].float(), pictures[2:].float()])
+        patch, means = task.patch, []
+        for picture in pictures:
+            for row in range(0, 8, patch):
+                for column in range(0, 12, patch):
+                    values = picture[:, row : row + patch, column : column + patch]
+                    means.append(((values - values.mean()) / values.std()).mean(dim=(1, 2)))
+        expected = torch.stack(means).mean(dim=0).float()
+        assert expected[0] > 0.5 > -0.5 > expected[2]
+        torch.testing.assert_close(task.initial_bias(), expected, atol=1e-4, rtol=1e-4)
 
     def test_without_pictures_there_is_none(self) -> None:
         with pytest.raises(UserError, match="no picture for the task 'masked'"):
@@ -141,6 +152,13 @@ class TestPrior:
         assert constant.shape == outputs.shape
         assert (constant[:, 3] == 1).all()
         assert torch.equal(constant[:, :3], task.initial_bias().reshape(1, 3, 1, 1).expand_as(constant[:, :3]))
+
+    @pytest.mark.parametrize("target", ["normalized", "raw"])
+    def test_the_constant_explains_nothing(self, target: str) -> None:
+        image = draw((8, 12))[0]
+        task = make(target, "l2")
+        task.observe([image])
+        assert scores(task, task.constant(image), image)["r2"] == pytest.approx(0, abs=1e-5)
 
     def test_the_constant_s_squared_error_on_raw_colours_is_their_variance(self) -> None:
         image = draw((8, 12))[0]

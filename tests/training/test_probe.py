@@ -256,8 +256,8 @@ def test_the_averaged_weights_are_probed_at_the_start_every_so_often_and_at_the_
     # Six steps an epoch, of which there are three.
     assert list(found) == [0, 12, 18] and probed(folder, "last") == found
     stored = load_checkpoint(folder / "last.ckpt")
-    name = next(name for name in stored["ema"]["raw"] if name.endswith("conv_stem.weight"))
-    averaged, raw = (weights[name].double().sum() for weights in (_without_prefix(stored), stored["ema"]["raw"]))
+    name = next(name for name in stored["average"]["raw"] if name.endswith("conv_stem.weight"))
+    averaged, raw = (weights[name].double().sum() for weights in (_without_prefix(stored), stored["average"]["raw"]))
     assert found[18] == pytest.approx(float(averaged), abs=1e-9)
     assert found[18] != pytest.approx(float(raw), abs=1e-6)
 
