@@ -14,29 +14,34 @@ from mtl import registry
 from mtl.augmentation.draws import Draws
 from mtl.augmentation.pipeline import Pipeline
 from mtl.augmentation.policy import Augmentation
-from mtl.config import CLASS_COUNTS, DataOptions, Experiment, SourceOptions, resolve_augmentation
+from mtl.augmentation.signals import SignalAugmentation
+from mtl.config import CLASS_COUNTS, SIGNAL_STRENGTHS, DataOptions, Experiment, SourceOptions, resolve_augmentation
 from mtl.data.caching import choose
 from mtl.data.cityscapes import Cityscapes
 from mtl.data.combined import Combined
 from mtl.data.folder import Folder
 from mtl.data.loading import Batches, Loader, Samples, bytes_in_memory, choose_labels, default_workers
+from mtl.data.mnist1d import MNIST1D
 from mtl.data.nyuv2 import NYUv2
 from mtl.data.sample import DataInfo, Source
 from mtl.data.scenes import Scenes
+from mtl.ensembling.bagging import bootstrap
 from mtl.errors import UserError, nearest
 from mtl.models.backbone import Backbone, coarsest_stride
 from mtl.models.heads import Head, encoder_stride, resolve_decoder
 from mtl.models.multitask import MultiTaskModel
+from mtl.models.signals import make_signal_parts
 from mtl.plugin_checks import check_task, check_weighting, open_data_set
 from mtl.plugins import file_of, in_plugin
 from mtl.pretraining.head import MaskedHead
 from mtl.tasks.base import Task
+from mtl.tasks.classification import Classification
 from mtl.tasks.depth import Depth
 from mtl.tasks.masked import Masked
 from mtl.tasks.normals import Normals
 from mtl.tasks.segmentation import Segmentation
 from mtl.training.balancing import LossBalancer
-from mtl.training.module import MultiTaskModule
+from mtl.training.module import MultiTaskModule, schedule_with_restarts
 from mtl.training.tracking import Mode
 from mtl.transfer.lora import Adapters, add_lora
 from mtl.weighting.rules import make_rule
@@ -91,6 +96,8 @@ def _open(options: SourceOptions, split: Split, data: DataOptions, surroundings:
         assert options.root is not None, "the configuration has checked this"
         classes = options.classes or CLASS_COUNTS["cityscapes"][0]
         return Cityscapes(options.root, split=split, size=data.size, classes=classes)
+    if options.name == "mnist1d":
+        return MNIST1D(options.root, split=split)
     if split == "test":
         raise UserError(f"--split test: data set {options.name!r} has no test split of its own; leave it out")
     if options.name == "folder":
@@ -167,9 +174,10 @@ def load_samples(
     unique = tuple(dict.fromkeys(targets.values()))
     samples = Samples(source, usable, unique, hidden=hidden, augment=pipeline, seed=experiment.seed)
     if split == "train" and data.labelled_share is not None and not all(_with_and_without(samples)):
+        known = next((task for task, target in targets.items() if samples.has(target).all()), next(iter(targets)))
         raise UserError(
-            f"--data.labelled-share {data.labelled_share:g}: all of the {len(samples)} training samples have a label; "
-            "leave it out, or use fewer labels by --data.labels"
+            f"--data.labelled-share {data.labelled_share:g}: each of the {len(samples)} training samples has a label, "
+            f"as for {known!r}; use fewer of them, as by --data.labels {known}=50, or leave the share out"
         )
     return samples
 
@@ -191,7 +199,7 @@ def keep_samples(experiment: Experiment, splits: Sequence[Samples], surroundings
     # With several devices each process would have to know its own; their samples stay in the host's memory.
     if experiment.devices == 1 and experiment.device in ("auto", "cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    needed = bytes_in_memory(data.size, splits[0].targets, sum(map(len, splits)))
+    needed = bytes_in_memory(data.size, splits[0].targets, sum(map(len, splits)), splits[0].source.info)
     augmented = any(samples.augment is not None for samples in splits)
     choice = choose(data.cache, needed, device, data.cache_gb, loader_augments=augmented)
     surroundings.say(choice.reason)
@@ -214,6 +222,7 @@ def build_tasks(experiment: Experiment, info: DataInfo) -> list[Task]:
         "segmentation": lambda: Segmentation(experiment.segmentation, info),
         "depth": lambda: Depth(experiment.depth, info),
         "normals": lambda: Normals(info),
+        "classification": lambda: Classification(info, experiment.classification.label_smoothing),
         "masked": lambda: Masked(experiment.mask, patch_of(experiment)),
     }
     return [makers[name]() if name in makers else _plugin_task(name, info) for name in experiment.task]
@@ -236,9 +245,12 @@ def patch_of(experiment: Experiment) -> int:
     return experiment.mask.patch or coarsest_stride(experiment.backbone, encoder_stride(experiment.decoder))
 
 
+_BUILT_IN: tuple[type[Task], ...] = (Segmentation, Depth, Normals, Masked, Classification)
+
+
 def target_of(task: str) -> str:
     """Return the batch key of a task's labels."""
-    built_in: dict[str, str] = {kind.name: kind.target for kind in (Segmentation, Depth, Normals, Masked)}
+    built_in: dict[str, str] = {kind.name: kind.target for kind in _BUILT_IN}
     return built_in[task] if task in built_in else registry.tasks[task].target
 
 
@@ -298,7 +310,10 @@ def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool
     Raises:
         UserError: Backbone, decoder and size do not go together.
     """
-    backbone = Backbone(experiment.backbone, experiment.data.size, encoder_stride(experiment.decoder))
+    if experiment.signals:
+        return _build_signal_model(experiment, tasks)
+    stride = encoder_stride(experiment.decoder)
+    backbone = Backbone(experiment.backbone, experiment.data.size, stride, experiment.drop_path)
     decoder = resolve_decoder(experiment.decoder, backbone)
     width, dropout = experiment.decoder_channels, experiment.dropout
     heads = {
@@ -322,6 +337,28 @@ def build_model(experiment: Experiment, tasks: Sequence[Task], *, training: bool
     return model
 
 
+def _build_signal_model(experiment: Experiment, tasks: Sequence[Task]) -> MultiTaskModel:
+    outputs = {task.name: task.channels for task in tasks}
+    backbone, heads = make_signal_parts(experiment.backbone, outputs, experiment.dropout or 0.0)
+    if experiment.freeze:
+        backbone.freeze()
+    return MultiTaskModel(backbone, heads)
+
+
+def build_augmentation(experiment: Experiment, info: DataInfo) -> Augmentation | SignalAugmentation:
+    """Return the random changes of training batches.
+
+    Raises:
+        UserError: A strength is out of its range.
+    """
+    options = resolve_augmentation(experiment)
+    if not experiment.signals:
+        return Augmentation(options, experiment.seed, inverse_depth=info.inverse_depth)
+    magnitude = 1.0 if options.magnitude is None else options.magnitude
+    shift, scale, noise = (magnitude * (getattr(options, name) or 0.0) for name in SIGNAL_STRENGTHS)
+    return SignalAugmentation(experiment.seed, shift=min(1.0, shift), scale=scale, noise=noise)
+
+
 def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> MultiTaskModule:
     """Return what Lightning trains, randomly initialised and without adapters.
 
@@ -334,6 +371,11 @@ def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> Mu
         UserError: The parts do not go together.
     """
     tasks = build_tasks(experiment, info)
+    if experiment.regularize.depth_jitter and not any(task.target == "depth" for task in tasks):
+        raise UserError(
+            f"--regularize.depth-jitter is for labels of depth, from which {', '.join(experiment.task)} "
+            "does not learn; add --task depth, or leave it out"
+        )
     balancer = build_balancer(experiment, tasks)
     model = build_model(experiment, tasks, training=total_steps > 0)
     if experiment.compile:
@@ -343,8 +385,8 @@ def build_module(experiment: Experiment, info: DataInfo, total_steps: int) -> Mu
         model.compile()
     augmentation = None
     if total_steps > 0:
-        augmentation = Augmentation(resolve_augmentation(experiment), experiment.seed, inverse_depth=info.inverse_depth)
-        if experiment.compile:
+        augmentation = build_augmentation(experiment, info)
+        if experiment.compile and isinstance(augmentation, Augmentation):
             augmentation.compile_photometry()
     return MultiTaskModule(model, tasks, balancer, experiment, total_steps, info, augmentation)
 
@@ -355,8 +397,11 @@ def adapt(module: MultiTaskModule) -> Adapters | None:
     Raises:
         UserError: The backbone cannot have them, or the package for them is missing.
     """
-    rank = module.options.lora
-    return None if rank is None else add_lora(module.model.backbone, rank)
+    rank, backbone = module.options.lora, module.model.backbone
+    if rank is None:
+        return None
+    assert isinstance(backbone, Backbone), "the configuration has checked this"
+    return add_lora(backbone, rank)
 
 
 def probe_every(experiment: Experiment, epochs: int) -> int:
@@ -441,19 +486,25 @@ def make_loader(samples: Samples, experiment: Experiment, trainer: lightning.Tra
     return Loader(samples, batches, workers, pin_memory=trainer.strategy.root_device.type == "cuda")
 
 
+def rows_to_learn(samples: Samples, experiment: Experiment) -> Sequence[int]:
+    """Return the training samples that are learned from: all, or with --bootstrap those drawn, some of them often."""
+    return bootstrap(len(samples), experiment.seed).tolist() if experiment.bootstrap else range(len(samples))
+
+
 def _mixture(samples: Samples, experiment: Experiment) -> dict[str, Any]:
-    """Return how training draws from several data sets, where that is not simply each sample once an epoch."""
+    """Return how training draws its samples, where that is not simply each once an epoch."""
+    rows = rows_to_learn(samples, experiment)
     if (share := experiment.data.labelled_share) is not None:
         return {
-            "parts": _with_and_without(samples),
+            "parts": [[row for row in rows if row in part] for part in map(set, _with_and_without(samples))],
             "ratios": [share, 1 - share],
             "epoch_length": experiment.epoch_samples,
         }
     ratios = [source.ratio for source in experiment.sources]
-    if experiment.epoch_samples is None and None in ratios:
+    if experiment.epoch_samples is None and None in ratios and not experiment.bootstrap:
         return {}
     ranges = samples.source.parts if isinstance(samples.source, Combined) else [range(len(samples.source))]
-    parts = [[row for row, index in enumerate(samples.indices) if index in part] for part in ranges]
+    parts = [[row for row in rows if samples.indices[row] in part] for part in ranges]
     return {
         "parts": parts,
         "ratios": None if None in ratios else ratios,
@@ -479,16 +530,18 @@ def check_machine(experiment: Experiment) -> None:
 
 
 def check_schedule(experiment: Experiment, total_steps: int) -> None:
-    """Refuse a warm-up that never ends.
+    """Refuse a warm-up that never ends, and more falls of the learning rate than there are steps for.
 
     Raises:
-        UserError: It is as long as the training.
+        UserError: It is as long as the training, or these do not fit.
     """
     if experiment.warmup is not None and experiment.warmup >= total_steps:
         raise UserError(
             f"--warmup {experiment.warmup} is not shorter than the training of {total_steps} steps; make it shorter, "
             "or train longer with --epochs or --max-steps"
         )
+    if experiment.snapshots is not None:
+        schedule_with_restarts(total_steps, experiment.warmup, experiment.snapshots)
 
 
 def check_monitor(experiment: Experiment, module: MultiTaskModule) -> bool:

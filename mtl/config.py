@@ -7,7 +7,7 @@ checked here where that needs no model and no data, and where they are used othe
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -32,6 +32,8 @@ SHIPPED_BACKBONE = "mobilenetv4_conv_small"
 DECODERS = ("unet", "fpn", "upernet", "segformer", "deeplabv3plus", "dpt")
 """The decoders of segmentation-models-pytorch that a head can be built from."""
 
+SIGNAL_BACKBONES = ("mnist1d_linear", "mnist1d_mlp", "mnist1d_mlp_2x200", "mnist1d_cnn", "mnist1d_gru")
+"""The backbones for signals; all others are timm's, for pictures."""
 
 TARGETS = ("segmentation", "depth", "normals")
 """The dense targets that a data set can have."""
@@ -117,6 +119,13 @@ class DepthOptions(Options):
         return self
 
 
+class ClassificationOptions(Options):
+    """How whole samples are classified."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label's probability spread over all classes."""
+
+
 class MaskOptions(Options):
     """What the task `masked` hides of a picture, and what it predicts there."""
 
@@ -142,13 +151,42 @@ class MaskOptions(Options):
     trials in all; 0: never)."""
 
 
+class RegularizeOptions(Options):
+    """What is added to the loss, or to the way it is followed, to narrow the gap between training and test error."""
+
+    l2: float = Field(0.0, ge=0)
+    """Add this times the sum of squared weights to the loss; norms and biases do not count. Sgd's own --weight-decay
+    of twice this is the same, adamw's is not."""
+    l1: float = Field(0.0, ge=0)
+    """Add this times the sum of absolute weights; beside l2 it is the elastic net."""
+    l2_sp: float = Field(0.0, ge=0)
+    """Add this times the squared distance from the pretrained weights (L2-SP); l2 and l1 then count for the heads
+    alone."""
+    gradient_norm: float = Field(0.0, ge=0)
+    """Gradient descent's own regularizer: add this over 4, times the squared norm of the loss's gradient. With
+    --accumulate that of each batch, which is on average this and batch-variance of the whole."""
+    batch_variance: float = Field(0.0, ge=0)
+    """SGD's own regularizer: add this over 4, times the variance of the gradient over the batches that --accumulate, 2
+    or more, makes a step of."""
+    sam: float = Field(0.0, ge=0)
+    """Follow the gradient at the worst point within this distance of the weights (SAM), such as 0.05."""
+    weight_noise: float = Field(0.0, ge=0)
+    """Standard deviation of noise on the weights, fresh at each step and gone after it."""
+    depth_jitter: float = Field(0.0, ge=0, le=1)
+    """Standard deviation of noise on the logarithm of depth labels."""
+    measure: int | None = Field(None, ge=1)
+    """Steps between measurements of the gradient's squared norm and, with --accumulate, its variance over batches
+    (none: never)."""
+
+
 class SourceOptions(Options):
     """Which data set, and what of it."""
 
     name: str = "scenes"
-    """The data set: scenes (rooms rendered on the fly), folder (your own), nyuv2, cityscapes, or a plugin's."""
+    """The data set: scenes (rooms rendered on the fly), folder (your own), nyuv2, cityscapes, mnist1d (signals), or a
+    plugin's."""
     root: Path | None = None
-    """Where the data set's files are; data/README.md shows each layout."""
+    """Where the data set's files are (none: mnist1d is generated); data/README.md shows each layout."""
     description: Path | None = None
     """YAML with a folder's classes, depth scale and split (none: ROOT/dataset.yaml)."""
     targets: list[str] | None = None
@@ -239,7 +277,10 @@ class DataOptions(SourceOptions):
 
 
 class AugmentationOptions(Options):
-    """How strong each random change is at most; what is not given is as --augment has it, and 0 leaves it out."""
+    """How strong each random change is at most; what is not given is as --augment has it, and 0 leaves it out.
+
+    Signals have shift, scale and noise; pictures all but shift.
+    """
 
     magnitude: float | None = Field(None, ge=0)
     """One knob for all: factor on every strength and probability (none: 1)."""
@@ -252,7 +293,10 @@ class AugmentationOptions(Options):
     crop: float | None = Field(None, ge=0, le=9)
     """Enlarge by a factor of up to 1 + this, and keep any part: a random crop."""
     scale: float | None = Field(None, ge=0, le=9)
-    """Enlarge or shrink by a factor of up to 1 + this, to any place."""
+    """Enlarge or shrink by a factor of up to 1 + this, to any place; a signal's values: by one between 1 - this and
+    1 + this."""
+    shift: float | None = Field(None, ge=0, le=1)
+    """Share of the signals that are shifted circularly, by any number of places."""
     stretch: float | None = Field(None, ge=0, le=9)
     """Stretch or squeeze vertically by a factor of up to 1 + this."""
     translate: float | None = Field(None, ge=0, le=1)
@@ -288,7 +332,7 @@ class AugmentationOptions(Options):
     vignette: float | None = Field(None, ge=0, le=1)
     """Darken the corners by up to this share."""
     noise: float | None = Field(None, ge=0, le=1)
-    """Gaussian noise with a standard deviation of up to this, where white is 1."""
+    """Gaussian noise with a standard deviation of up to this, where white is 1; on a signal of just this."""
     shot: float | None = Field(None, ge=0, le=1)
     """Shot noise: the variance that white has, up to this."""
     jpeg: float | None = Field(None, ge=0, le=1)
@@ -311,15 +355,20 @@ class AugmentationOptions(Options):
     """A pipeline of albumentations that changes single samples in the loader; in YAML alone."""
 
 
-PROBABILITIES = ("hflip", "vflip", "grayscale", "solarize", "posterize", "jpeg", "erase", "cutmix", "mixup", "mosaic")
-"""The strengths of `AugmentationOptions` that are shares of the pictures."""
+PROBABILITIES = (
+    "hflip", "vflip", "shift", "grayscale", "solarize", "posterize", "jpeg", "erase", "cutmix", "mixup", "mosaic"
+)  # fmt: skip
+"""The strengths of `AugmentationOptions` that are shares of the samples."""
 
 STRENGTHS = tuple(
     name
     for name in AugmentationOptions.model_fields
-    if name not in ("magnitude", "fill", "depth_convention", "interpolation", "loader")
+    if name not in ("magnitude", "shift", "fill", "depth_convention", "interpolation", "loader")
 )
-"""The changes that `AugmentationOptions` gives a strength."""
+"""The changes of pictures that `AugmentationOptions` gives a strength."""
+
+SIGNAL_STRENGTHS = ("shift", "scale", "noise")
+"""The changes of signals."""
 
 POLICIES: dict[str, dict[str, float]] = {
     "none": {},
@@ -337,6 +386,9 @@ POLICIES: dict[str, dict[str, float]] = {
 }  # fmt: skip
 """The strengths of each value of --augment."""
 
+SIGNAL_POLICIES: dict[str, dict[str, float]] = {"none": {}, "lecture": {"shift": 1.0, "scale": 0.2}}
+"""The same for signals."""
+
 
 class TaskGroup(Options):
     """What to learn."""
@@ -345,7 +397,7 @@ class TaskGroup(Options):
     """Names of the files of users' code that this was made with; the code itself comes from --plugin alone."""
     task: list[str] = ["segmentation", "depth"]
     """One task or several, learned together on one backbone: segmentation, depth, normals, masked (pretraining on
-    pictures alone), or a plugin's."""
+    pictures alone), classification (of signals), or a plugin's."""
     weighting: str = "fixed"
     """How the tasks' losses are combined: fixed (a sum with --loss-weights), another rule, or a plugin's."""
     loss_weights: dict[str, float] = {}
@@ -456,15 +508,19 @@ class ModelGroup(Options):
     """The network."""
 
     backbone: str = SHIPPED_BACKBONE
-    """Any timm model that has feature maps."""
+    """Any timm model that has feature maps; for signals mnist1d_linear, _mlp, _mlp_2x200, _cnn or _gru."""
     decoder: str = "auto"
     """Each head's decoder: auto (unet, or dpt for plain vision transformers), or one by name."""
     decoder_channels: int = Field(128, ge=16, multiple_of=16)
     """Width of the decoders; segmentation-models-pytorch's own, for large backbones, is 256."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """Dropout in the heads, the decoders' hidden ones included (none: the decoders' own)."""
+    """Dropout in the heads, the decoders' hidden ones included (none: the decoders' own); for signals in the backbone's
+    hidden layers (none: 0)."""
     grad_checkpointing: bool = False
     """Recompute the backbone's activations in the backward pass: less memory, about a third more time."""
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """Share of the samples for which the last residual block of the backbone is skipped in training, earlier ones for
+    fewer (none: timm's own)."""
     channels_last: bool = True
     """Memory layout in which convolutions are fastest."""
 
@@ -478,7 +534,8 @@ class TrainingGroup(Options):
     """How it learns."""
 
     augment: str = "none"
-    """Random changes of training samples: none, light, heavy, lecture, or a YAML file of --augmentation.* fields."""
+    """Random changes of training samples: none, light, heavy, lecture, or a YAML file of --augmentation.* fields; light
+    and heavy are for pictures."""
 
     epochs: int = Field(6, ge=1)
     """Passes over the training samples."""
@@ -497,7 +554,7 @@ class TrainingGroup(Options):
     momentum: float | None = Field(None, ge=0, lt=1)
     """Momentum of sgd (0.9 where not given) and rmsprop (0)."""
     weight_decay: float = Field(0.01, ge=0)
-    """Weight decay; norms and biases have none."""
+    """Weight decay, which adamw applies beside its step; norms and biases have none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: int | None = Field(None, ge=0)
@@ -506,6 +563,12 @@ class TrainingGroup(Options):
     """Clip the norm of the whole gradient to this."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Evaluate and keep an exponential moving average of the weights with this decay, such as 0.999."""
+    swa: float | None = Field(None, gt=0, lt=1)
+    """Evaluate and keep the plain average of the weights from this share of the training on (SWA), such as 0.75."""
+    snapshots: int | None = Field(None, ge=2)
+    """Let the rate fall this often, each time from its peak, and keep the weights at each end: a snapshot ensemble."""
+    bootstrap: bool = False
+    """Train on as many samples drawn with replacement, by --seed; the others measure the out-of-bag error (bagging)."""
     monitor: str = "gain"
     """Metric that chooses the best checkpoint; 'gain' is the mean share of a constant prediction's error removed."""
     patience: int | None = Field(None, ge=1)
@@ -527,6 +590,10 @@ class TrainingGroup(Options):
     def _fits(self) -> Self:
         if self.momentum is not None and self.optimizer not in ("sgd", "rmsprop"):
             raise ValueError(f"--momentum belongs to --optimizer sgd or rmsprop, not {self.optimizer}")
+        if self.swa is not None and self.ema is not None:
+            raise ValueError("--swa and --ema are two averages of the same weights; choose one")
+        if self.snapshots is not None and self.schedule != "cosine":
+            raise ValueError(f"--snapshots restarts --schedule cosine, not {self.schedule}; leave one of the two out")
         if self.precision == "16-mixed" and self.device == "cpu":
             raise ValueError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
         return self
@@ -563,7 +630,9 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     """Data sets to learn from beside `data`, fitted to the same size; in YAML alone."""
     segmentation: SegmentationOptions = SegmentationOptions()
     depth: DepthOptions = DepthOptions()
+    classification: ClassificationOptions = ClassificationOptions()
     mask: MaskOptions = MaskOptions()
+    regularize: RegularizeOptions = RegularizeOptions()
 
     @model_validator(mode="after")
     def _read_policy(self) -> Self:
@@ -588,6 +657,46 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
         return self
 
     @model_validator(mode="after")
+    def _pictures_or_signals(self) -> Self:
+        if not self.signals:
+            if self.backbone in SIGNAL_BACKBONES:
+                raise ValueError(
+                    f"--backbone {self.backbone} is for signals; add --data.name mnist1d, or choose one of timm's"
+                )
+            if self.augmentation.shift:
+                raise ValueError("--augmentation.shift is for signals; pictures have --augmentation.translate")
+            return self
+        name = self.data.name
+        if self.backbone not in SIGNAL_BACKBONES:
+            raise ValueError(
+                f"--backbone {self.backbone} is for pictures, and the data set {name!r} has signals"
+                f"{nearest(self.backbone, SIGNAL_BACKBONES)}; choose one of {', '.join(SIGNAL_BACKBONES)}"
+            )
+        if self.init in ("shipped", "imagenet"):
+            raise ValueError(
+                f"--init {self.init} has weights for pictures, and the data set {name!r} has signals; use --init none "
+                "to start at random, or --init RUN"
+            )
+        if self.augment not in SIGNAL_POLICIES:
+            raise ValueError(
+                f"--augment {self.augment} is for pictures, and the data set {name!r} has signals; use one of "
+                f"{', '.join(SIGNAL_POLICIES)}, or --augmentation.shift, .scale and .noise"
+            )
+        if flag := next(_given_for_pictures(self), None):
+            raise ValueError(f"{flag} is for pictures, and the data set {name!r} has signals; leave it out")
+        if self.dropout and self.backbone_stays:
+            raise ValueError(
+                f"--dropout {self.dropout:g} is in the layers of {self.backbone}, which --freeze leaves as they are; "
+                "leave one of the two out"
+            )
+        return self
+
+    @property
+    def signals(self) -> bool:
+        """Whether samples are signals, and not pictures."""
+        return self.data.name == "mnist1d"
+
+    @model_validator(mode="after")
     def _all_or_no_ratios(self) -> Self:
         ratios = [source.ratio for source in self.sources]
         if len(ratios) == 1 and ratios[0] is not None:
@@ -600,6 +709,33 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
     def _thaws_in_time(self) -> Self:
         if self.unfreeze_at is not None and self.max_steps is None and self.unfreeze_at >= self.epochs:
             raise ValueError(f"--unfreeze-at {self.unfreeze_at} is not before the end, --epochs {self.epochs}")
+        return self
+
+    @model_validator(mode="after")
+    def _regularizes(self) -> Self:
+        options = self.regularize
+        if options.batch_variance and self.accumulate < 2:
+            raise ValueError(
+                "--regularize.batch-variance compares the batches of a step, of which there is one; "
+                "add --accumulate 2 or more"
+            )
+        if options.l2_sp and (self.init == "none" or self.backbone_stays or self.lora is not None):
+            clash = "--init none" if self.init == "none" else "--freeze" if self.backbone_stays else "--lora"
+            raise ValueError(
+                "--regularize.l2-sp draws pretrained weights that learn to where they started, and "
+                f"{clash} leaves none; leave one of the two out"
+            )
+        for name in ("gradient_norm", "batch_variance", "sam"):
+            if getattr(options, name) and self.precision == "bf16-true":
+                raise ValueError(
+                    f"--regularize.{name.replace('_', '-')} moves weights by less than --precision bf16-true can tell; "
+                    "use bf16-mixed"
+                )
+        if self.drop_path is not None and self.backbone_stays:
+            raise ValueError(
+                f"--drop-path {self.drop_path:g} is for a backbone that learns, which --freeze forbids; leave one of "
+                "them out"
+            )
         return self
 
     @property
@@ -641,9 +777,27 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
         return self
 
 
+def _given_for_pictures(experiment: Experiment) -> Iterator[str]:
+    """Yield, as they are written, the options that an experiment gives another value and that signals do not have."""
+    if "masked" in experiment.task:
+        yield "--task masked"
+    if experiment.more_data:
+        yield "more_data"
+    for place, options, names in (
+        ("", experiment, ("freeze_stages", "layer_decay", "lora", "decoder", "decoder_channels")),
+        ("", experiment, ("grad_checkpointing", "drop_path", "channels_last")),
+        ("data.", experiment.data, ("size", "targets")),
+        ("augmentation.", experiment.augmentation, (*STRENGTHS, "fill", "depth_convention", "interpolation", "loader")),
+    ):
+        for name in names:
+            value = getattr(options, name)
+            if value != type(options).model_fields[name].default and name not in SIGNAL_STRENGTHS:
+                yield f"{place}{name}" if name in YAML_ONLY else f"--{place}{name}".replace("_", "-")
+
+
 def resolve_augmentation(experiment: Experiment) -> AugmentationOptions:
     """Return the options with the strengths of --augment where none is given."""
-    policy = POLICIES[experiment.augment]
+    policy = (SIGNAL_POLICIES if experiment.signals else POLICIES)[experiment.augment]
     given = {name: value for name, value in experiment.augmentation if value is not None}
     return AugmentationOptions(**{**policy, **given})
 

@@ -1,25 +1,29 @@
-"""Runs an experiment: trains it from its first line to its last, or measures what came of it."""
+"""Runs an experiment: trains it from its first line to its last."""
 
+import copy
 import math
 import re
+import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from mtl.augmentation.policy import Augmentation
 from mtl.build import (
     Fit,
     Surroundings,
     adapt,
+    build_augmentation,
     build_module,
     build_tasks,
     check_machine,
@@ -31,11 +35,13 @@ from mtl.build import (
     make_trainer,
     plan_fits,
     probe_every,
+    rows_to_learn,
     target_of,
     unbalanced,
 )
 from mtl.config import (
     PROBABILITIES,
+    SIGNAL_STRENGTHS,
     STRENGTHS,
     AugmentationOptions,
     Experiment,
@@ -45,48 +51,39 @@ from mtl.config import (
 )
 from mtl.data.loading import Key, Samples
 from mtl.data.sample import Batch, DataInfo, as_floats
+from mtl.ensembling.soups import StochasticAverage
 from mtl.errors import UserError
+from mtl.evaluation import Outcome, measure
 from mtl.files import write_whole
+from mtl.models.backbone import Backbone
 from mtl.plugins import in_plugin_of
-from mtl.prediction.tta import SCALES, AveragedViews
-from mtl.runs import read_run, restored, stored_experiment
+from mtl.runs import stored_experiment
 from mtl.tasks.base import Panel, Task
-from mtl.training.callbacks import ExponentialAverage, ProgressBar, Recorder, ResumePoint, StopAfter, count_from
+from mtl.training.callbacks import (
+    AveragedWeights,
+    ProgressBar,
+    Recorder,
+    ResumePoint,
+    Snapshots,
+    StopAfter,
+    count_from,
+)
 from mtl.training.cost import COST_FILE, Cost
 from mtl.training.history import History
 from mtl.training.module import MultiTaskModule
 from mtl.training.panels import Reconstructions, predict_panels, spread
 from mtl.training.pictures import (
     Panels,
-    channels_last,
     draw_curves,
     draw_predictions,
     draw_rows,
     draw_weighting,
+    input_pictures,
     overlay,
 )
 from mtl.training.probe import LinearProbe, OnlineProbe
 from mtl.training.tracking import log_predictions, start_wandb
 from mtl.transfer.weights import find_checkpoint, initialise, load_checkpoint, load_weights, require, save_backbone
-
-
-@dataclass
-class Outcome:
-    """What came of a training or an evaluation.
-
-    Attributes:
-        folder: The run's folder.
-        results: Metrics of the best checkpoint on held-out samples, by full name.
-        constant: The same metrics of each task's constant prediction.
-        steps: Optimizer steps that the weights have seen.
-        seconds: How long this took.
-    """
-
-    folder: Path
-    results: dict[str, float]
-    constant: dict[str, float]
-    steps: int
-    seconds: float = field(compare=False)
 
 
 def train(experiment: Experiment, surroundings: Surroundings, resume: Path | None = None) -> Outcome:
@@ -161,9 +158,10 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
         if fit.thawed:
             module.thaw(fit.steps, epoch, step)
         last_step = None if experiment.max_steps is None else step + fit.steps
+        kept = _of_weights(module, training, folder, step, sum(fit.steps for fit in fits))
         trainer = make_trainer(
             experiment,
-            callbacks=[*seen, *_callbacks(experiment, history, best, folder, step, last_step), cost],
+            callbacks=[*seen, *kept, *_callbacks(experiment, history, best, folder, step, last_step), cost],
             logger=[history, *([wandb_logger] if wandb_logger else [])],
             default_root_dir=folder,
             max_epochs=epoch + fit.epochs,
@@ -173,25 +171,28 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
             check_val_every_n_epoch=None if every else 1,
         )
         count_from(trainer, epoch, step)
-        trainer.fit(
-            module,
-            make_loader(training, experiment, trainer, training=True),
-            make_loader(validation, experiment, trainer, training=False),
-            ckpt_path=folder / "last.ckpt" if resume else None,
-            weights_only=True,
-        )
+        with _told_to_stop(trainer):
+            trainer.fit(
+                module,
+                make_loader(training, experiment, trainer, training=True),
+                make_loader(validation, experiment, trainer, training=False),
+                ckpt_path=folder / "last.ckpt" if resume else None,
+                weights_only=True,
+            )
         done = (trainer.current_epoch, trainer.global_step)
         resume = None
     path = find_checkpoint(folder)
     load_weights(module, load_checkpoint(path)["state_dict"], path)
-    outcome = Outcome(folder, _measure(module, validation, experiment), dict(module.constant), done[1], 0.0)
+    results = measure(module, validation, experiment)
+    outcome = Outcome(folder, results, dict(module.constant), done[1], 0.0, module.info.targets)
     if first:
         _draw(module, validation, history, outcome, wandb_logger)
-        if not experiment.backbone_stays:
+        backbone = module.model.backbone
+        if isinstance(backbone, Backbone) and not experiment.backbone_stays:
             measured = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
             about = {"experiment": experiment.model_dump(mode="json"), "steps": outcome.steps, "results": measured}
             others = {} if module.model.masked is None else module.model.masked.timm_tensors()
-            save_backbone(module.model.backbone, folder / "backbone.safetensors", about, others)
+            save_backbone(backbone, folder / "backbone.safetensors", about, others)
     if wandb_logger:
         wandb_logger.experiment.summary.update({f"best/{k}": v for k, v in outcome.results.items()})
         wandb_logger.experiment.finish()
@@ -199,63 +200,18 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     return outcome
 
 
-def evaluate(
-    run: Path,
-    changes: Mapping[str, Any],
-    surroundings: Surroundings,
-    split: Literal["validation", "test"] = "validation",
-    views: Sequence[float] | bool = False,
-) -> Outcome:
-    """Measure a run's best checkpoint on held-out samples.
-
-    Args:
-        run: The run's folder.
-        changes: Fields of the run's experiment to change, nested as in YAML, such as ``{"data": {"root": ...}}``.
-        surroundings: Where.
-        split: Which samples: those held out from training, or the data set's official test split.
-        views: Whether to average over views of each image, or which scales of it beside its mirror image.
-
-    Raises:
-        UserError: The run or the data cannot be used.
-    """
-    start = time.monotonic()
-    path = find_checkpoint(run)
-    experiment, checkpoint = read_run(path, changes)
-    samples = load_samples(experiment, split, surroundings, all_tasks=False)
-    keep_samples(experiment, [samples], surroundings)
-    info, trained_on = samples.source.info, DataInfo(**checkpoint["data"])
-    segments = any(target_of(task) == "segmentation" for task in experiment.task)
-    if segments and "segmentation" in info.targets and tuple(info.classes) != tuple(trained_on.classes):
-        raise UserError(
-            f"{run} predicts the classes {', '.join(trained_on.classes)}, but {info.name} has "
-            f"{', '.join(info.classes)}; evaluate on data with the classes it was trained on"
-        )
-    if "depth" in experiment.task and "depth" in info.targets and info.inverse_depth != trained_on.inverse_depth:
-        raise UserError(
-            f"{run} predicts {'inverse depth' if trained_on.inverse_depth else 'metres'}, but {info.name} has "
-            f"{'inverse depth' if info.inverse_depth else 'metres'}; evaluate on data of the same kind"
-        )
-    # The model is that of the training's data, of whose targets these may have but some.
-    module = restored(path, experiment, checkpoint, trained_on)
-    if views is not False:
-        if module.model.masked is not None:
-            raise UserError(
-                f"--tta: {run} has learned the task 'masked', and a reconstruction has no other views; leave --tta out"
-            )
-        module.views = AveragedViews(module, SCALES if views is True else views)
-    results = _measure(module, samples, experiment)
-    return Outcome(run, results, dict(module.constant), checkpoint["global_step"], time.monotonic() - start)
-
-
 def _check_resumable(experiment: Experiment, path: Path) -> dict[str, Any]:
     """Return a run's last checkpoint, if it has all that going on needs and belongs to the configuration beside it."""
     checkpoint = load_checkpoint(path)
     stored = stored_experiment(checkpoint, path)
     require(checkpoint, path, "state_dict", "data", "constant", "thawed_at", "generators", "loops", "lr_schedulers")
-    require(checkpoint, path, "optimizer_states", *(["ema"] if experiment.ema is not None else []))
+    averaged = experiment.ema is not None or experiment.swa is not None
+    learns = not experiment.freeze or checkpoint["thawed_at"] is not None
+    more = {"average": averaged, "starts": experiment.regularize.l2_sp > 0 and learns}
+    require(checkpoint, path, "optimizer_states", *(name for name, needed in more.items() if needed))
     if not checkpoint["optimizer_states"]:
         raise UserError(f"{path} holds no state of the optimizer, and cannot be gone on from; start anew with --init")
-    for name in ("task", "weighting", "backbone", "decoder", "decoder_channels", "lora", "ema"):
+    for name in ("task", "weighting", "backbone", "decoder", "decoder_channels", "lora", "ema", "swa", "drop_path"):
         if getattr(stored, name) != getattr(experiment, name):
             raise UserError(
                 f"{path} was made with {name} {getattr(stored, name)}, and config.yaml beside it says "
@@ -285,24 +241,25 @@ def preview(experiment: Experiment, surroundings: Surroundings, path: Path, coun
     seen = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
     samples.augment = None
     stored = samples.__getitems__([Key(row, 0, position) for position, row in enumerate(rows)])
-    augmentation = Augmentation(resolve_augmentation(experiment), experiment.seed, inverse_depth=info.inverse_depth)
-    stored, seen = as_floats(stored), augmentation(as_floats(seen))
+    stored, seen = as_floats(stored), build_augmentation(experiment, info)(as_floats(seen))
     labelled = [task for task in experiment.task if task != "masked"]
     tasks = build_tasks(experiment.model_copy(update={"task": labelled}), info)
     for task in tasks:
         task.observe([stored[task.target]])
-    panels: Panels = {"as it is stored": Panel(_picture(stored["image"]))}
-    panels["what the network sees"] = Panel(_picture(seen["image"]))
+    panels: Panels = {"as it is stored": Panel(input_pictures(stored))}
+    panels["what the network sees"] = Panel(input_pictures(seen))
     for task in tasks:
         title, drawn = next(iter(task.pictures(task.constant(seen[task.target]), seen[task.target]).items()))
-        panels[title] = Panel(overlay(_picture(seen["image"]), drawn.images), drawn.scale)
+        panels[title] = drawn if experiment.signals else Panel(overlay(input_pictures(seen), drawn.images), drawn.scale)
     if "masked" in experiment.task:
         panels |= _masked_panels(experiment, info, seen)
     draw_predictions(path, panels, next((task.class_names for task in tasks if task.class_names), ()))
-    if not augmentation.strengths:
+    alone = _each_change(experiment)
+    if not alone:
         return [path]
     changes = path.with_stem(path.stem + "_transforms")
-    _preview_transforms(samples, tasks[0] if tasks else None, experiment, changes)
+    # Over a signal there is nothing to lay.
+    _preview_transforms(samples, None if experiment.signals or not tasks else tasks[0], alone, changes)
     return [path, changes]
 
 
@@ -319,36 +276,44 @@ def _masked_panels(experiment: Experiment, info: DataInfo, seen: Batch) -> Panel
     return dict([next(iter(panels.items()))])
 
 
-def _preview_transforms(samples: Samples, task: Task | None, experiment: Experiment, path: Path) -> None:
-    """Draw each change that the augmentation makes by itself, a row each: at a third, two thirds and all of it."""
+def _each_change(experiment: Experiment) -> dict[str, list[Experiment]]:
+    """Return, for each change that the augmentation makes, experiments that make it alone: all of it, and less."""
     options = resolve_augmentation(experiment)
+    alone: dict[str, list[Experiment]] = {}
+    for name in SIGNAL_STRENGTHS if experiment.signals else STRENGTHS:
+        if strength := getattr(options, name):
+            strengths = [1.0] if name in PROBABILITIES else [strength, strength * 2 / 3, strength / 3]
+            label = name if name in PROBABILITIES else f"{name} {strength:g}"
+            alone[label] = [
+                experiment.model_copy(update={"augment": "none", "augmentation": AugmentationOptions(**{name: s})})
+                for s in strengths
+            ]
+    return alone
+
+
+def _preview_transforms(samples: Samples, task: Task | None, alone: dict[str, list[Experiment]], path: Path) -> None:
+    """Draw each change that the augmentation makes by itself, a row each: at a third, two thirds and all of it."""
+    info = samples.source.info
     keys = [Key(row, 0, position) for position, row in enumerate(spread(len(samples), TRIED))]
     stored = as_floats(samples.__getitems__(keys))
     rows: dict[str, list[np.ndarray]] = {}
-    for name in (name for name in STRENGTHS if getattr(options, name)):
-        strength = 1.0 if name in PROBABILITIES else getattr(options, name)
-        shares = (1.0,) if name in PROBABILITIES else (1.0, 2 / 3, 1 / 3)
+    for label, experiments in alone.items():
         shown: list[np.ndarray] = []
-        most = 0
-        for share in shares:
-            seen = Augmentation(AugmentationOptions(**{name: strength * share}), experiment.seed)(stored)
-            if share == 1:
-                most = int((seen["image"] - stored["image"]).abs().flatten(1).mean(1).argmax())
-            image = _picture(seen["image"][most : most + 1])
+        most = slice(0, 1)
+        for number, experiment in enumerate(experiments):
+            seen = build_augmentation(experiment, info)(stored)
+            if number == 0:
+                row = int((seen[info.input] - stored[info.input]).abs().flatten(1).mean(1).argmax())
+                most = slice(row, row + 1)
+            image = input_pictures({info.input: seen[info.input][most]})
             shown.insert(0, image[0])
             if task is not None:
-                target = seen[task.target][most : most + 1]
+                target = seen[task.target][most]
                 drawn = next(iter(task.pictures(task.constant(target), target).values()))
                 shown.insert(1, overlay(image, drawn.images)[0])
-        shown.insert(0, _picture(stored["image"][most : most + 1])[0])
-        label = name if name in PROBABILITIES else f"{name} {strength:g}"
+        shown.insert(0, input_pictures({info.input: stored[info.input][most]})[0])
         rows[label] = shown
     draw_rows(path, rows)
-
-
-def _picture(image: Tensor) -> np.ndarray:
-    """Return images (B, 3, H, W) of floats in [0, 1] as pictures."""
-    return channels_last((image * 255).round().to(torch.uint8))
 
 
 def _callbacks(
@@ -365,14 +330,62 @@ def _callbacks(
         last_step: Number of the step to stop after, if that is not simply the last epoch's last.
     """
     callbacks: list[Callback] = [ProgressBar()]
-    if experiment.ema is not None:
-        callbacks.append(ExponentialAverage(experiment.ema, step))
     if last_step is not None:
         callbacks.append(StopAfter(last_step))
     callbacks.append(Recorder(history))
     if experiment.patience is not None:
         callbacks.append(EarlyStopping(experiment.monitor, patience=experiment.patience, mode=best.mode))
     return [*callbacks, best, ResumePoint(str(folder / "last.ckpt"), experiment.checkpoint_every, history)]
+
+
+def _of_weights(module: MultiTaskModule, training: Samples, folder: Path, step: int, total: int) -> list[Callback]:
+    """Return the callbacks that keep other weights than those of the last step.
+
+    Args:
+        module: What is trained.
+        training: The samples that it is trained on.
+        folder: The run's folder.
+        step: Optimizer steps done before the fit.
+        total: Those of the whole training.
+    """
+    options = module.options
+    callbacks: list[Callback] = []
+    if (decay := options.ema) is not None:
+        callbacks.append(AveragedWeights(partial(ModelEmaV3, decay=decay, use_warmup=True), step))
+    if options.swa is not None:
+        begin = max(0, math.floor(options.swa * total) - step)
+        inputs = partial(plain_inputs, module, training) if len(module.model.heads) else None
+        callbacks.append(AveragedWeights(partial(StochasticAverage, start=begin), step, inputs))
+    if (restarts := module.restarts()) is not None:
+        callbacks.append(Snapshots(folder, [step + end for end in restarts.ends]))
+    return callbacks
+
+
+STATISTICS = 32
+"""Batches over which batch norms measure their statistics with averaged weights, at most."""
+
+
+def plain_inputs(module: MultiTaskModule, samples: Samples) -> Iterator[Tensor]:
+    """Yield batches of one size of what models are given, evenly spread over the samples, without augmentation."""
+    samples = copy.copy(samples)
+    samples.augment = None
+    size = min(module.options.batch_size, len(samples))
+    rows = spread(len(samples), min(STATISTICS, len(samples) // size) * size)
+    for first in range(0, len(rows), size):
+        stored = samples.__getitems__([Key(row, 0, first + place) for place, row in enumerate(rows[first:][:size])])
+        batch = {name: values.to(module.device) for name, values in stored.items()}
+        yield module.on_after_batch_transfer(batch, 0)[module.info.input]
+
+
+@contextmanager
+def _told_to_stop(trainer: lightning.Trainer) -> Iterator[None]:
+    """Let who started the program see that a person, or the machine, has ended it; Lightning hides either."""
+    try:
+        yield
+    except SystemExit:
+        if trainer.received_sigterm:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise KeyboardInterrupt from None
 
 
 def _of_masked(
@@ -396,8 +409,10 @@ def _prepare(module: MultiTaskModule, experiment: Experiment, training: Samples,
     """Give a new module its weights and the tasks their priors, and say what was done."""
     for task in module.each_task():
         with in_plugin_of(task, "observe"):
-            task.observe(training.labels(task.target))
+            task.observe(training.labels(task.target, rows=rows_to_learn(training, experiment)))
         module.model.head(task.name).set_bias(task.initial_bias())
+    if module.model.masked is not None:
+        surroundings.say(module.model.masked.summary(experiment.data.size))
     surroundings.say(str(initialise(module.model, experiment.init)))
 
 
@@ -425,13 +440,6 @@ def numbered(path: Path) -> Path:
     taken = [p.name for p in path.parent.glob(f"{path.name}*")]
     numbers = [int(m[1]) for name in taken if (m := re.fullmatch(rf"{re.escape(path.name)}-(\d+)", name))]
     return path.with_name(f"{path.name}-{max(numbers, default=0) + 1}")
-
-
-def _measure(module: MultiTaskModule, samples: Samples, experiment: Experiment) -> dict[str, float]:
-    """Return the metrics of the module's present weights."""
-    trainer = make_trainer(experiment, logger=False, enable_checkpointing=False, callbacks=[ProgressBar()])
-    trainer.validate(module, make_loader(samples, experiment, trainer, training=False), verbose=False)
-    return dict(module.results)
 
 
 def _draw(

@@ -9,6 +9,7 @@ import timm
 import torch
 from segmentation_models_pytorch.encoders.timm_universal import TimmUniversalEncoder
 from segmentation_models_pytorch.encoders.timm_vit import TimmViTEncoder
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mtl.errors import UserError, nearest
@@ -40,6 +41,8 @@ class Backbone(nn.Module):
         size: Height and width in pixels, for encoders that are built for one size. One image of this size shows
             that the maps are what timm says they are.
         output_stride: Stride of the coarsest map; 8 and 16 replace strides by dilation where timm can.
+        drop_path: Stochastic depth in training (Huang et al. 2016): the share of samples for which the last residual
+            block is skipped, in proportion fewer for earlier ones; None is what timm's model has of itself.
 
     Attributes:
         channels: Channels of each map of the pyramid.
@@ -52,15 +55,21 @@ class Backbone(nn.Module):
         frozen_stages: Number of stages that are inert, with the stem, where not the whole backbone is.
 
     Raises:
-        UserError: There is no such model, it cannot take this size or this stride, or it has no feature maps a
-            decoder can use.
+        UserError: There is no such model, it cannot take this size or this stride, it has no residual blocks to skip
+            or no feature maps a decoder can use.
     """
 
     mean: Tensor
     std: Tensor
     encoder: Any
 
-    def __init__(self, name: str, size: tuple[int, int] = (224, 224), output_stride: int = 32) -> None:
+    def __init__(
+        self,
+        name: str,
+        size: tuple[int, int] = (224, 224),
+        output_stride: int = 32,
+        drop_path: float | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.frozen = False
@@ -84,6 +93,12 @@ class Backbone(nn.Module):
         height, width = (-(-side // self.stride) * self.stride for side in size)
         self.size = (height, width)
         self.size_arguments = _size_arguments(name, (height, width), self.plain)
+        if drop_path is not None and not _skips(name, drop_path):
+            raise UserError(
+                f"--drop-path {drop_path:g}: timm's {name!r} has no residual blocks that can be skipped; leave it out, "
+                "or choose another backbone"
+            )
+        self._dropping: dict[str, Any] = {} if drop_path is None else {"drop_path_rate": drop_path}
         config = timm.get_pretrained_cfg(name)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1))
@@ -116,7 +131,7 @@ class Backbone(nn.Module):
         return Pyramid(*features) if self.plain else Pyramid(features, [])
 
     def _plain(self) -> Any:
-        encoder = TimmViTEncoder(self.name, pretrained=False, **self.size_arguments)
+        encoder = TimmViTEncoder(self.name, pretrained=False, **self.size_arguments, **self._dropping)
         # Its classifier and last norm take no part in the maps: as in timm's own features_only, they go.
         encoder.model.prune_intermediate_layers(prune_norm=True)
         # Some have a class token that they do not give beside their maps.
@@ -125,7 +140,8 @@ class Backbone(nn.Module):
         return encoder
 
     def _hierarchical(self, output_stride: int) -> Any:
-        return TimmUniversalEncoder(self.name, pretrained=False, output_stride=output_stride, **self.size_arguments)
+        options = self.size_arguments | self._dropping
+        return TimmUniversalEncoder(self.name, pretrained=False, output_stride=output_stride, **options)
 
     def _check_maps(self, height: int, width: int) -> None:
         """Refuse maps that are not what `channels` and `strides` say, as decoders would go wrong in silence."""
@@ -282,6 +298,18 @@ def _dilates(name: str, output_stride: int) -> bool:
         return output_stride >= 32 or max(_feature_strides(name, output_stride=output_stride)) == output_stride
     except _FAILURES:
         return False
+
+
+def _skips(name: str, share: float) -> bool:
+    """Return whether timm can build the model with residual blocks that are skipped in training."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, drop_path_rate=share)
+    except TypeError:
+        return False
+    except _FAILURES:
+        return True  # the meta device cannot build it; the argument itself was accepted
+    return share == 0 or any(isinstance(m, DropPath) and m.drop_prob for m in model.modules())
 
 
 def _size_arguments(name: str, size: tuple[int, int], plain: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One backbone, one head for each task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +10,8 @@ from torch.nn import functional
 from mtl.errors import UserError
 from mtl.models.backbone import Backbone, Pyramid
 from mtl.models.heads import Head
-from mtl.pretraining.statistics import kept_statistics
+from mtl.models.signals import LinearHead, SignalBackbone
+from mtl.models.statistics import kept_statistics
 
 if TYPE_CHECKING:
     from mtl.pretraining.head import MaskedHead
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class MultiTaskModel(nn.Module):
-    """A shared backbone and a head for each task.
+    """A shared backbone and a head for each task, of images or of signals.
+
+    What is said below of images (B, 3, H, W) in [0, 1] and their size (H, W) holds for signals (B, 1, T) of the size
+    (T,), too; their features are (B, F), and outputs (B, C), which have no places.
 
     Args:
         backbone: The shared encoder.
@@ -26,21 +30,26 @@ class MultiTaskModel(nn.Module):
         masked: What hides patches and predicts them, in a pass through the backbone of its own, or None.
     """
 
-    def __init__(self, backbone: Backbone, heads: Mapping[str, Head], masked: "MaskedHead | None" = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone | SignalBackbone,
+        heads: Mapping[str, Head | LinearHead],
+        masked: "MaskedHead | None" = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self.masked = masked
 
     @property
-    def parts(self) -> "dict[str, tuple[str, Head | MaskedHead]]":
+    def parts(self) -> "dict[str, tuple[str, Head | LinearHead | MaskedHead]]":
         """Return each task's head, and before it the head's name among this module's own."""
-        heads: dict[str, tuple[str, Head | MaskedHead]] = {
+        heads: dict[str, tuple[str, Head | LinearHead | MaskedHead]] = {
             task: (f"heads.{task}", cast(Head, head)) for task, head in self.heads.items()
         }
         return heads if self.masked is None else {**heads, "masked": ("masked", self.masked)}
 
-    def head(self, task: str) -> "Head | MaskedHead":
+    def head(self, task: str) -> "Head | LinearHead | MaskedHead":
         """Return a task's head."""
         return self.parts[task][1]
 
@@ -61,9 +70,9 @@ class MultiTaskModel(nn.Module):
         Raises:
             UserError: The images are not floats.
         """
-        return self.decode(self.encode(image), (image.shape[-2], image.shape[-1]))
+        return self.decode(self.encode(image), image.shape[2:])
 
-    def encode(self, image: Tensor) -> Pyramid:
+    def encode(self, image: Tensor) -> Pyramid | Tensor:
         """Return the shared features of images (B, 3, H, W) in [0, 1].
 
         An image whose sides are not multiples of the backbone's stride is extended at its right and lower
@@ -75,17 +84,21 @@ class MultiTaskModel(nn.Module):
         """
         if not image.is_floating_point():
             raise UserError(f"images must be floats in [0, 1], not {image.dtype}; divide bytes by 255")
-        height, width = self._extended((image.shape[-2], image.shape[-1]))
-        padding = (0, width - image.shape[-1], 0, height - image.shape[-2])
-        if any(padding):
-            image = functional.pad(image, padding, mode="replicate")
-        pyramid: Pyramid = self.backbone(image)
-        return pyramid
+        size = tuple(image.shape[2:])
+        missing = [extended - side for extended, side in zip(self._extended(size), size, strict=True)]
+        if any(missing):
+            # The last axis first.
+            image = functional.pad(image, [p for after in reversed(missing) for p in (0, after)], mode="replicate")
+        features: Pyramid | Tensor = self.backbone(image)
+        return features
 
-    def decode(self, pyramid: Pyramid, size: tuple[int, int]) -> dict[str, Tensor]:
+    def decode(self, features: Pyramid | Tensor, size: Sequence[int]) -> dict[str, Tensor]:
         """Return each task's outputs (B, C, H, W) for the features of images of `size` = (H, W)."""
         extended = self._extended(size)
-        return {name: head(pyramid, extended)[..., : size[0], : size[1]] for name, head in self.heads.items()}
+        outputs = {name: head(features, extended) for name, head in self.heads.items()}
+        if extended == tuple(size):
+            return outputs
+        return {name: whole[(..., *map(slice, size))] for name, whole in outputs.items()}
 
     def encode_masked(self, image: Tensor, mask: Tensor) -> "Visible | Pyramid":
         """Return the features of what is visible of images (B, 3, H, W) in [0, 1], of any size.
@@ -96,11 +109,11 @@ class MultiTaskModel(nn.Module):
             image: The images.
             mask: (B, h, w) bool, True where hidden, from the masked head's `draw`.
         """
-        assert self.masked is not None
+        assert self.masked is not None and isinstance(self.backbone, Backbone)
         with kept_statistics(self.backbone) if len(self.heads) else nullcontext():
             return self.masked.encode(self.backbone, image, mask)
 
-    def _extended(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _extended(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return the next multiples of the backbone's stride."""
         stride = self.backbone.stride
-        return -(-size[0] // stride) * stride, -(-size[1] // stride) * stride
+        return tuple(-(-side // stride) * stride for side in size)

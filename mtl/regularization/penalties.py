@@ -1,5 +1,7 @@
 """Explicit regularization: what a loss adds for its weights alone."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,9 @@ class Penalties(nn.Module):
     networks", equation 3): pretrained weights are drawn to their start in place of zero, so the other two count
     only what is new, such as heads. The paper's α/2 and β/2 are `l2_sp` and `l2`.
 
-    The start is as many buffers as there are pretrained weights, whether or not they learn yet: memory and checkpoint
-    grow by these weights once, and a resumed run is drawn to the same start.
+    The start is as many buffers as there are pretrained weights, whether or not they learn yet: memory grows by these
+    weights once. They are no part of the state dict, which is that of a model without penalties: a checkpoint from
+    which training is to go on holds `starts` beside it.
 
     Args:
         module: What learns; it does not become a part of this one. Its pretrained weights have been loaded.
@@ -76,8 +79,17 @@ class Penalties(nn.Module):
             for name, parameter in module.named_parameters():
                 if id(parameter) in inside:
                     self._starts[name] = f"start/{name}".replace(".", "/")
-                    self.register_buffer(self._starts[name], parameter.detach().clone())
+                    self.register_buffer(self._starts[name], parameter.detach().clone(), persistent=False)
         self.choose()
+
+    def starts(self) -> dict[str, Tensor]:
+        """Return by name where the pretrained weights started."""
+        return {name: self.get_buffer(buffer) for name, buffer in self._starts.items()}
+
+    def start_at(self, starts: Mapping[str, Tensor]) -> None:
+        """Draw weights to where they started in another process, see `starts`."""
+        for name, start in self.starts().items():
+            start.copy_(starts[name])
 
     def choose(self) -> None:
         """Take up which weights learn now; to be called again after a thaw.
@@ -98,17 +110,21 @@ class Penalties(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the penalty, a scalar in single precision at least, with its gradient."""
-        parameters = dict(self._of[0].named_parameters())
-        return torch.stack([self._of_weight(name, parameters[name]) for name in self.names]).sum()
+        return torch.stack(list(self.each().values())).sum()
 
-    def _of_weight(self, name: str, parameter: Tensor) -> Tensor:
-        weight = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-        if name in self._starts:
-            start = self.get_buffer(self._starts[name])
-            return self.l2_sp * (weight - start).square().sum()
-        penalty = weight.new_zeros(())
-        if self.l2 > 0:
-            penalty = penalty + self.l2 * weight.square().sum()
-        if self.l1 > 0:
-            penalty = penalty + self.l1 * weight.abs().sum()
-        return penalty
+    def each(self) -> dict[str, Tensor]:
+        """Return what the penalty is the sum of, by the names of those that are not 0."""
+        parameters = dict(self._of[0].named_parameters())
+        terms: dict[str, list[Tensor]] = {name: [] for name in ("l2", "l1", "l2_sp") if getattr(self, name) > 0}
+        for name in self.names:
+            parameter = parameters[name]
+            weight = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+            if name in self._starts:
+                terms["l2_sp"].append(self.l2_sp * (weight - self.get_buffer(self._starts[name])).square().sum())
+                continue
+            if self.l2 > 0:
+                terms["l2"].append(self.l2 * weight.square().sum())
+            if self.l1 > 0:
+                terms["l1"].append(self.l1 * weight.abs().sum())
+        # Where all that learns is drawn to its start, nothing is left to the other two.
+        return {name: torch.stack(of_weights).sum() for name, of_weights in terms.items() if of_weights}

@@ -68,11 +68,13 @@ class Balance:
 
     Attributes:
         total: The weighted sum; its ``backward()`` reaches every parameter once.
+        objective: What the rule's own parameters are to minimise, as zero with a gradient, or None.
         terms: What there is to record: raw losses and weights by task, their sum, and, where gradients were compared,
             each task's share of their norm and the cosine of each pair.
     """
 
     total: Tensor
+    objective: Tensor | None
     terms: dict[str, float]
 
 
@@ -151,8 +153,12 @@ class LossBalancer(HostModule):
             measure: Whether it is to be known how gradients meet, for a person to see.
         """
         compares = len(self.rule.tasks) > 1 and (measure or (self.rule.needs_gram and self.asks(step)))
-        if shared and (compares or self.own_heads or bool((self.held < 0).any())):
-            return Cut(shared, compares=compares)
+        return Cut(shared, compares=True) if shared and compares else self.held_cut(shared)
+
+    def held_cut(self, shared: Sequence[nn.Parameter]) -> Cut | None:
+        """Return where features are to be cut off from the backbone for `held_total`, if they are."""
+        if shared and (self.own_heads or bool((self.held < 0).any())):
+            return Cut(shared, compares=False)
         return None
 
     def forward(
@@ -205,22 +211,44 @@ class LossBalancer(HostModule):
         between = gram[there][:, there] if compares else gram
         seen = Step(values[there], there, between if self.rule.needs_gram else between.new_zeros(0, 0))
         asked = self._ask(seen, step, gram, tuple(losses), can_overflow=scale is not None)
-        weights = dict(zip(losses, self.held.tolist(), strict=True))
-        if found is not None:
-            total = self._deliver(losses, weights, found, heads)
-        else:
-            total = torch.stack([loss * self._of_head(weights[task]) for task, loss in losses.items()]).sum()
+        total = self._total(losses, found, heads)
         # A rule that sees gradients learns from what it was asked with; others see every batch.
         learns = len(there) > 0 and (asked or not self.rule.needs_gram)
         objective = objective_of(self.rule, seen, step) if learns else None
         if objective is not None:
             # Only its gradient is wanted: the total stays the weighted sum of the losses.
-            total = total + (objective - objective.detach()).to(total)
+            objective = (objective - objective.detach()).to(total)
         names = [task for task, is_there in zip(losses, present.tolist(), strict=True) if is_there]
+        weights = dict(zip(losses, self.held.tolist(), strict=True))
         terms = _terms(names, dict(zip(losses, values.tolist(), strict=True)), weights)
         if compares:
             terms |= meeting(names, between, [weights[name] for name in names])
-        return Balance(total, terms)
+        return Balance(total, objective, terms)
+
+    def held_total(
+        self,
+        losses: Mapping[str, Tensor],
+        heads: Mapping[str, Sequence[Tensor]],
+        cut: Cut | None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return the total of losses under the weights held, without a question to the rule.
+
+        Args:
+            losses: Scalar losses by task.
+            heads: By task, what of its own learns.
+            cut: As from `held_cut`, where the heads' features come from.
+            scale: As of `forward`.
+        """
+        return self._total(losses, None if cut is None else self._gradients(losses, heads, cut, scale), heads)
+
+    def _total(
+        self, losses: Mapping[str, Tensor], found: _Gradients | None, heads: Mapping[str, Sequence[Tensor]]
+    ) -> Tensor:
+        weights = dict(zip(losses, self.held.tolist(), strict=True))
+        if found is not None:
+            return self._deliver(losses, weights, found, heads)
+        return torch.stack([loss * self._of_head(weights[task]) for task, loss in losses.items()]).sum()
 
     def _of_head(self, weight: float) -> float:
         """Return what a head's own gradient is multiplied by, and, where no backbone learns, its loss."""
@@ -300,18 +328,33 @@ class LossBalancer(HostModule):
             # What no loss of this rank reaches, another's may: all ranks deliver to the same parameters.
             gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(into, gradients, strict=True)]
         value = torch.stack([loss.detach() * weights[task] for task, loss in losses.items()]).sum()
-        total: Tensor = _Delivery.apply(value, found.scale, gradients, *into)
-        return total
+        return deliver(value, gradients, into, found.scale)
+
+
+def deliver(
+    value: Tensor, gradients: Sequence[Tensor | None], into: Sequence[Tensor], scale: Tensor | None = None
+) -> Tensor:
+    """Return a scalar whose backward pass gives tensors gradients that are known beforehand.
+
+    Precision plugins, accumulation and DDP then see the one backward pass that they expect.
+
+    Args:
+        value: The scalar's value.
+        gradients: One for each tensor, or None for zero; whoever goes on with them gets them multiplied by what the
+            scalar is multiplied by.
+        into: The tensors, which require gradients.
+        scale: By which the gradients have been multiplied, a scalar, if they have.
+    """
+    unit = torch.ones((), device=value.device) if scale is None else scale
+    delivered: Tensor = _Delivery.apply(value, unit, gradients, *into)
+    return delivered
 
 
 class _Delivery(torch.autograd.Function):
-    """A scalar whose backward pass gives tensors gradients that are known beforehand.
-
-    Precision plugins, accumulation and DDP then see the one backward pass that they expect.
-    """
+    """What `deliver` returns the result of."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, scale: Tensor, gradients: list[Tensor | None], *into: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, scale: Tensor, gradients: Sequence[Tensor | None], *into: Tensor) -> Tensor:
         ctx.scale, ctx.gradients = scale, gradients
         return value.clone()
 

@@ -1,6 +1,8 @@
 """What happens around the steps: averaging, recording, and checkpoints that training can go on from."""
 
 import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import lightning
@@ -11,6 +13,7 @@ from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTrack
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from mtl.ensembling.soups import StochasticAverage, reestimate
 from mtl.training.history import History
 from mtl.training.module import LOG_EVERY, MultiTaskModule
 
@@ -31,20 +34,29 @@ class ProgressBar(RichProgressBar):
         return shown
 
 
-class ExponentialAverage(Callback):
-    """Validate and keep an exponential moving average of the weights that learn.
+class AveragedWeights(Callback):
+    """Validate and keep an average of the weights that learn along the training.
 
-    timm's ModelEmaV3 does the averaging, with its warm-up of the decay. A frozen backbone is not copied. The
-    checkpoints' weights are the average; the raw weights travel in this callback's state, for training to go on.
+    A frozen backbone is not copied. The checkpoints' weights are the average; the raw weights travel in this
+    callback's state, for training to go on.
 
     Args:
-        decay: Decay of the average for one optimizer step.
-        start: Optimizer steps done before this fit, from which on the warm-up counts.
+        make: From what learns to the average, which is updated after each optimizer step with the number of steps that
+            this fit has done: timm's ModelEmaV3, or a `StochasticAverage`.
+        start: Optimizer steps done before this fit.
+        inputs: Batches as models take them, over which batch norms of a `StochasticAverage` measure their statistics
+            before each validation; of an exponential average, which follows the weights closely, the average of the
+            statistics will do.
     """
 
-    def __init__(self, decay: float, start: int = 0) -> None:
-        self.decay, self.start = decay, start
-        self.average: ModelEmaV3 | None = None
+    def __init__(
+        self,
+        make: Callable[[nn.Module], ModelEmaV3 | StochasticAverage],
+        start: int = 0,
+        inputs: Callable[[], Iterable[Tensor]] | None = None,
+    ) -> None:
+        self.make, self.start, self.inputs = make, start, inputs
+        self.average: ModelEmaV3 | StochasticAverage | None = None
         self._raw: dict[str, Tensor] = {}
         self._steps = start
 
@@ -56,7 +68,7 @@ class ExponentialAverage(Callback):
         """Start the average at the weights that training starts from."""
         assert isinstance(pl_module, MultiTaskModule)
         learning = self._learning(pl_module)
-        self.average = ModelEmaV3(learning, decay=self.decay, use_warmup=True)
+        self.average = self.make(learning)
         if self._raw:
             # Resumed: the checkpoint's weights, just loaded, are the average.
             learning.load_state_dict(self._raw)
@@ -73,8 +85,11 @@ class ExponentialAverage(Callback):
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the average in the model's place."""
-        if self.average is not None:
-            self._swap(pl_module)
+        if self.average is None:
+            return
+        self._swap(pl_module)
+        if self.inputs is not None and isinstance(self.average, StochasticAverage) and self.average.n_averaged > 0:
+            reestimate(pl_module.model, self.inputs())
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the raw weights back."""
@@ -95,7 +110,7 @@ class ExponentialAverage(Callback):
         """Save the average as the weights, and the raw weights beside it."""
         assert isinstance(pl_module, MultiTaskModule) and self.average is not None
         prefix = "model.heads." if pl_module.model.backbone.frozen else "model."
-        checkpoint["ema"] = {
+        checkpoint["average"] = {
             "steps": self._steps,
             "raw": {k: v.clone() for k, v in self._learning(pl_module).state_dict().items()},
         }
@@ -106,8 +121,8 @@ class ExponentialAverage(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up the raw weights where training stopped."""
-        self._steps = checkpoint["ema"]["steps"]
-        self._raw = checkpoint["ema"]["raw"]
+        self._steps = checkpoint["average"]["steps"]
+        self._raw = checkpoint["average"]["raw"]
 
 
 class Recorder(Callback):
@@ -132,10 +147,14 @@ class Recorder(Callback):
         """Record the losses now and then."""
         assert isinstance(pl_module, MultiTaskModule)
         step = trainer.global_step
-        if step == self._recorded or step % LOG_EVERY:
+        if step == self._recorded:
             return
         self._recorded = step
-        self._log(trainer, pl_module.terms | {"train/lr": trainer.optimizers[0].param_groups[0]["lr"]})
+        values = pl_module.regularizer.measured
+        if step % LOG_EVERY == 0:
+            values = values | pl_module.terms | {"train/lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        if values:
+            self._log(trainer, values)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record the metrics."""
@@ -222,6 +241,32 @@ class ResumePoint(Checkpoint):
     ) -> None:
         """Remember them until the first step."""
         self._generators = checkpoint["generators"]
+
+
+class Snapshots(Callback):
+    """Keep the weights at certain steps, as `snapshot-1.ckpt` and on: the members of a snapshot ensemble.
+
+    Each file is a checkpoint to evaluate and predict with, as `best.ckpt` is, but not to go on from; its weights are
+    those that learn, and no average of them.
+
+    Args:
+        folder: Where.
+        steps: After how many optimizer steps each is kept.
+    """
+
+    def __init__(self, folder: Path, steps: Sequence[int]) -> None:
+        self.folder, self.steps = folder, tuple(steps)
+        self._saved = -1
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save after the last step of a cycle."""
+        step = trainer.global_step
+        if step in self.steps and step != self._saved:
+            self._saved = step
+            path = self.folder / f"snapshot-{self.steps.index(step) + 1}.ckpt"
+            trainer.save_checkpoint(path, weights_only=True)
 
 
 class StopAfter(Callback):

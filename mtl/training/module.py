@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import lightning
 import torch
@@ -14,10 +15,15 @@ from torchmetrics import Metric
 from mtl.augmentation.draws import Draws
 from mtl.config import Experiment
 from mtl.data.sample import Batch, DataInfo, as_floats
+from mtl.ensembling.soups import Restarts, warm_restarts
 from mtl.models.multitask import MultiTaskModel
+from mtl.models.statistics import kept_statistics
 from mtl.plugins import in_plugin_of
+from mtl.regularization.implicit import gradients_of_loss
+from mtl.regularization.noise import jittered_depth
 from mtl.tasks.base import Task, ranks
 from mtl.training.balancing import Cut, LossBalancer
+from mtl.training.regularizing import Regularizer
 from mtl.transfer.groups import parameter_groups
 
 LOG_EVERY = 10
@@ -70,6 +76,8 @@ class MultiTaskModule(lightning.LightningModule):
         # What the balancer learns is computed on every rank from the same numbers, on the host.
         self._ddp_params_and_buffers_to_ignore = [f"balancer.{name}" for name in balancer.state_dict()]
         self.options = options
+        learning = nn.ModuleList([self.model, self.tasks])
+        self.regularizer = Regularizer(options.regularize, learning, self.model.backbone, options.seed)
         self.total_steps = total_steps
         self.info = info
         self.augmentation = augmentation
@@ -97,6 +105,13 @@ class MultiTaskModule(lightning.LightningModule):
         self.total_steps = total_steps
         self.thawed_at = (epoch, step)
 
+    def on_fit_start(self) -> None:
+        """Tell what regularizes which weights learn, and where they start."""
+        self.regularizer.begin()
+        # The same on every rank, as the weights themselves are.
+        names = [name for name, _ in self.regularizer.named_buffers(prefix="regularizer")]
+        self._ddp_params_and_buffers_to_ignore += names
+
     def forget_masked(self) -> None:
         """Drop the task of predicting hidden patches, if there is one."""
         if self.model.masked is not None:
@@ -109,31 +124,44 @@ class MultiTaskModule(lightning.LightningModule):
         return (cast(Task, task) for task in self.tasks.values())
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return the prediction of each task with a head, in its own form and unit, for images (B, 3, H, W)."""
-        return self._predicted(self.model(image))
+        """Return the prediction of each task with a head, in its own form and unit, for images (B, 3, H, W).
+
+        Signals are (B, 1, T).
+        """
+        return self._made("predict", self.model(image))
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
         """Return each task's prediction for a batch; of what is hidden, with the masks of the first epoch."""
-        predictions = (self.views or self)(batch["image"]) if len(self.model.heads) else {}
-        if self.model.masked is not None:
-            predictions |= self._predicted({"masked": self._reconstruct(batch, None)})
-        return predictions
+        if self.views is not None:
+            return self.views(batch[self.info.input])
+        return self._made("predict", self._outputs(batch))
 
-    def _predicted(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        predictions = {}
+    def _outputs(self, batch: Batch) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self.model(batch[self.info.input]) if len(self.model.heads) else {}
+        if self.model.masked is not None:
+            outputs["masked"] = self._reconstruct(batch, None)
+        return outputs
+
+    def _made(self, method: Literal["predict", "measurable"], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a method of each task makes of its outputs, where it has any."""
+        made = {}
         for task in self.each_task():
             if task.name in outputs:
-                with in_plugin_of(task, "predict"):
-                    predictions[task.name] = task.predict(outputs[task.name])
-        return predictions
+                with in_plugin_of(task, method):
+                    made[task.name] = getattr(task, method)(outputs[task.name])
+        return made
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn stored types into those to compute with, once the batch is on the device, and augment in training."""
         batch = as_floats(batch)
         if self.training and self.augmentation is not None:
             batch = self.augmentation(batch)
+        if self.training and (sigma := self.options.regularize.depth_jitter):
+            draws = Draws(self.options.seed, batch["draw"][0, 0], batch["draw"][:, 1])
+            batch = {**batch, "depth": jittered_depth(batch["depth"], sigma, draws)}
         layout = torch.channels_last if self._channels_last() else torch.contiguous_format
-        batch["image"] = batch["image"].to(self.dtype).contiguous(memory_format=layout)
+        given = self.info.input
+        batch[given] = batch[given].to(self.dtype).contiguous(memory_format=layout)
         return batch
 
     def _channels_last(self) -> bool:
@@ -141,16 +169,38 @@ class MultiTaskModule(lightning.LightningModule):
         return weight is not None and weight.is_contiguous(memory_format=torch.channels_last)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the weighted sum of the tasks' losses, whose backward pass is what the weighting makes of it."""
-        step = self.global_step
+        """Return the weighted sum of the tasks' losses, regularized.
+
+        Its backward pass delivers what the weighting makes of it, and what regularizes.
+        """
+        step, scale, generators = self.global_step, self._loss_scale(), Generators(self.device)
         if self.balancer.rule.needs_second_forward and self.balancer.asks(step):
-            self._again = _Again(step, batch, Generators(self.device))
-        shared = self.model.before_features()
-        cut = self.balancer.cut(shared, step, measure=(step + 1) % LOG_EVERY == 0)
-        losses = self._losses(batch, cut)
-        labelled = {task.name: task.labelled(batch) for task in self.each_task()}
+            self._again = _Again(step, batch, generators)
+        with self.regularizer.noise(step):
+            shared = self.model.before_features()
+            cut = self.balancer.cut(shared, step, measure=(step + 1) % LOG_EVERY == 0)
+            losses = self._losses(batch, cut)
+            labelled = {task.name: task.labelled(batch) for task in self.each_task()}
+            balance = self.balancer(losses, labelled, self._own(shared), cut, step, scale)
+            again = partial(self._gradients_again, batch, generators, scale)
+            followed = self.regularizer(balance.total, again, step, last=self._steps_after(batch_idx), scale=scale)
+        penalized = self.regularizer.penalize(followed.total)
+        self.terms = balance.terms
+        if added := followed.terms | penalized.terms:
+            values = dict(zip(added, torch.stack([term.float() for term in added.values()]).tolist(), strict=True))
+            self.terms = self.terms | {f"train/penalty/{name}": value for name, value in values.items()}
+            self.terms["train/loss"] += sum(values.values())
+        return penalized.total if balance.objective is None else penalized.total + balance.objective
+
+    def _steps_after(self, batch_idx: int) -> bool:
+        """Return whether the optimizer makes its step after a batch."""
+        ends = self._trainer is not None and self.trainer.is_last_batch
+        return ends or (batch_idx + 1) % self.options.accumulate == 0
+
+    def _own(self, shared: Iterable[nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+        """Return by task what learns of its head and of the task itself."""
         before = set(map(id, shared))
-        own = {
+        return {
             task.name: [
                 p
                 for part in (self.model.head(task.name), task)
@@ -159,18 +209,25 @@ class MultiTaskModule(lightning.LightningModule):
             ]
             for task in self.each_task()
         }
-        balance = self.balancer(losses, labelled, own, cut, step, self._loss_scale())
-        self.terms = balance.terms
-        total: Tensor = balance.total
-        return total
+
+    def _gradients_again(self, batch: Batch, generators: "Generators", scale: Tensor | None) -> list[Tensor]:
+        """Return the gradient of a batch's loss at the weights there are now, with all else as it was.
+
+        With the same random choices and the same weights of the tasks, and without a trace in running statistics.
+        """
+        with generators.replayed(), kept_statistics(self.model):
+            shared = self.model.before_features()
+            cut = self.balancer.held_cut(shared)
+            total = self.balancer.held_total(self._losses(batch, cut), self._own(shared), cut, scale)
+            return gradients_of_loss(total, self.regularizer.learns, scale)
 
     def _losses(self, batch: Batch, cut: Cut | None) -> dict[str, Tensor]:
-        image, outputs = batch["image"], {}
+        given, outputs = batch[self.info.input], {}
         if len(self.model.heads):
-            pyramid = self.model.encode(image)
+            features = self.model.encode(given)
             if cut is not None:
-                pyramid = cut.through(pyramid)
-            outputs = self.model.decode(pyramid, (image.shape[-2], image.shape[-1]))
+                features = cut.through(features)
+            outputs = self.model.decode(features, given.shape[2:])
         if self.model.masked is not None:
             outputs["masked"] = self._reconstruct(batch, cut)
         losses: dict[str, Tensor] = {}
@@ -216,7 +273,7 @@ class MultiTaskModule(lightning.LightningModule):
             return
         # As the first time: the same random choices, and nothing of the batch counted twice in running statistics.
         kept = [buffer.clone() for buffer in self.model.buffers()]
-        with again.generators.replayed(), torch.no_grad(), precision:
+        with again.generators.replayed(), self.regularizer.noise(again.step), torch.no_grad(), precision:
             losses = self._losses(again.batch, None)
         for buffer, before in zip(self.model.buffers(), kept, strict=True):
             buffer.copy_(before)
@@ -229,11 +286,11 @@ class MultiTaskModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
-        predictions = self.predictions(batch)
+        measurable = self.predictions(batch) if self.views else self._made("measurable", self._outputs(batch))
         for task in self.each_task():
             target = batch[task.target]
             with in_plugin_of(task, "metrics' update"):
-                _metric(self.measured, task).update(predictions[task.name], target)
+                _metric(self.measured, task).update(measurable[task.name], target)
                 if not self.constant:
                     _metric(self.baseline, task).update(task.constant(target), target)
 
@@ -268,9 +325,17 @@ class MultiTaskModule(lightning.LightningModule):
             # By themselves: beside parameters on the host, torch would update those of a GPU one by one.
             groups.append({"name": "weighting", "params": weights, "lr": options.lr, "weight_decay": 0.0})
         optimizer = _OPTIMIZERS[options.optimizer](groups, **kwargs)
-        scale = schedule(options.schedule, self.total_steps, options.warmup)
+        restarts = self.restarts()
+        scale = schedule(options.schedule, self.total_steps, options.warmup) if restarts is None else restarts.factor
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def restarts(self) -> Restarts | None:
+        """Return the schedule of a fit whose learning rate falls several times, if it does: the last one's."""
+        snapshots = self.options.snapshots
+        if snapshots is None or (self.options.unfreeze_at is not None and self.thawed_at is None):
+            return None
+        return schedule_with_restarts(self.total_steps, self.options.warmup, snapshots)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what was trained, and keep what only the first validation measures."""
@@ -278,10 +343,13 @@ class MultiTaskModule(lightning.LightningModule):
         checkpoint["data"] = dataclasses.asdict(self.info)
         checkpoint["thawed_at"] = self.thawed_at
         checkpoint["constant"] = self.constant
+        if starts := self.regularizer.starts():
+            checkpoint["starts"] = {name: start.clone() for name, start in starts.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what only the first validation measures."""
+        """Take up what only the first validation measures, and where weights started."""
         self.constant = checkpoint["constant"]
+        self.regularizer.start_at(checkpoint.get("starts", {}))
 
 
 class _Again(NamedTuple):
@@ -346,7 +414,7 @@ def schedule(kind: str, total_steps: int, warmup: int | None) -> Callable[[int],
         total_steps: Steps of the whole training.
         warmup: Steps of warm-up; None is a twentieth of all.
     """
-    rising = total_steps // 20 if warmup is None else warmup
+    rising = warmup_steps(total_steps, warmup)
 
     def factor(step: int) -> float:
         if step < rising:
@@ -355,3 +423,28 @@ def schedule(kind: str, total_steps: int, warmup: int | None) -> Callable[[int],
         return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[kind]
 
     return factor
+
+
+def schedule_with_restarts(total_steps: int, warmup: int | None, cycles: int) -> Restarts:
+    """Return a learning rate that falls along half a cosine several times, after the warm-up, and where each fall ends.
+
+    Args:
+        total_steps: Steps of the whole training.
+        warmup: As of `schedule`.
+        cycles: How often it falls.
+
+    Raises:
+        UserError: There are not as many steps.
+    """
+    rising = warmup_steps(total_steps, warmup)
+    falls = warm_restarts(total_steps - rising, cycles)
+
+    def factor(step: int) -> float:
+        return (step + 1) / (rising + 1) if step < rising else falls.factor(step - rising)
+
+    return Restarts(factor, tuple(rising + end for end in falls.ends))
+
+
+def warmup_steps(total_steps: int, warmup: int | None) -> int:
+    """Return how many steps of warm-up a training has, by default a twentieth."""
+    return total_steps // 20 if warmup is None else warmup

@@ -7,7 +7,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from mtl.pretraining.statistics import kept_statistics
+from mtl.models.statistics import kept_statistics
 from mtl.pretraining.twins import twin
 
 

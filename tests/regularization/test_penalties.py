@@ -120,11 +120,12 @@ def test_the_start_survives_a_checkpoint_and_the_module_stays_outside() -> None:
     start, head = model[0].weight.detach().clone(), model[1].weight.detach().clone()
     assert penalties().item() == pytest.approx(0.5 * head.square().sum().item())
     assert not list(penalties.parameters())
-    assert sum(tensor.numel() for tensor in penalties.state_dict().values()) == start.numel()
+    assert sum(tensor.numel() for tensor in penalties.starts().values()) == start.numel()
+    assert not penalties.state_dict()
     nn.init.normal_(model[0].weight)
     resumed_model, resumed = build()
     resumed_model.load_state_dict(model.state_dict())
-    resumed.load_state_dict(penalties.state_dict())
+    resumed.start_at(penalties.starts())
     distance = (model[0].weight.detach() - start).square().sum().item()
     assert distance > 1
     assert resumed().item() == penalties().item()
@@ -139,12 +140,12 @@ def test_what_thaws_counts_from_then_on_and_keeps_its_start() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     penalties = Penalties(model, l2=1.0, l2_sp=1.0, pretrained=model[:2])
-    keys = penalties.state_dict().keys()
+    keys = penalties.starts().keys()
     assert penalties.names == ("1.weight", "2.weight")
     model[0].requires_grad_(True)
     penalties.choose()
     assert penalties.names == ("0.weight", "1.weight", "2.weight")
-    assert penalties.state_dict().keys() == keys
+    assert penalties.starts().keys() == keys
     before = penalties().item()
     with torch.no_grad():
         model[0].weight += 1
