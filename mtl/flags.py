@@ -153,7 +153,8 @@ def _names(flags: type, prefix: str = "") -> list[str]:
             nested = "" if item.type.__name__ in groups else f"{item.name}."
             names += _names(item.type, prefix + nested)
         else:
-            names.append("--" + (prefix + item.name).replace("_", "-"))
+            # Python keeps some words, such as with, for itself.
+            names.append("--" + (prefix + item.name).rstrip("_").replace("_", "-"))
     return names
 
 

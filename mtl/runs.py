@@ -25,9 +25,24 @@ def load_run(run: Path, changes: Mapping[str, Any]) -> MultiTaskModule:
         The module, without what has learned to predict hidden patches.
 
     Raises:
-        UserError: The run cannot be used, or predicts nothing but those.
+        UserError: The run cannot be used, or predicts nothing but those, or takes signals.
     """
-    return load_predicting(find_checkpoint(run), changes)
+    module = load_predicting(find_checkpoint(run), changes)
+    check_pictures(module, run)
+    return module
+
+
+def check_pictures(module: MultiTaskModule, run: Path) -> None:
+    """Refuse a model of signals.
+
+    Raises:
+        UserError: It is.
+    """
+    if module.options.signals:
+        raise UserError(
+            f"{run} has learned from signals, and predict and export are for pictures; python -m mtl evaluate {run} "
+            "measures it"
+        )
 
 
 def load_predicting(path: Path, changes: Mapping[str, Any]) -> MultiTaskModule:

@@ -9,8 +9,9 @@ from mtl.errors import UserError, nearest
 
 COMMANDS = {
     "train": "Train one task or several on one shared backbone; write the run's folder.",
-    "evaluate": "Measure a run's best checkpoint on held-out samples, of its own data or of other data.",
-    "predict": "Predict images of any size with a run's best checkpoint.",
+    "evaluate": "Measure a run's best checkpoint, or several as one, on held-out samples of its own or other data.",
+    "predict": "Predict images of any size with a run's best checkpoint, or with several as one.",
+    "soup": "Average the weights of several runs into one.",
     "preview": "Draw what the network will see, before any training: samples, augmented, and their targets.",
     "export": "Write a run's best checkpoint as an ONNX or torch.export program.",
     "study": "Measure something over many models or trainings, and end in a table.",

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -16,7 +17,11 @@ from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.flags import Code, flags_of, parse, values_of, with_values, word_or
 
-SPLITS = ("validation", "test")
+if TYPE_CHECKING:
+    from mtl.ensembling.combine import Kind
+    from mtl.ensembling.runs import Combining
+
+SPLITS = ("validation", "test", "out-of-bag")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -38,9 +43,50 @@ VIEWS: dict[str, tuple[float, ...] | bool] = {"flip": (), "full": True}
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Evaluate(Run):
+class Together:
+    """The flags by which several answers become one."""
+
+    combine: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="{mean,median,logits,vote}",
+            help="How several answers become one (none: mean); logits is the mean before softmax, vote the most "
+            "frequent class.",
+        ),
+    ] = None
+    mc_dropout: Annotated[
+        int | None, tyro.conf.arg(metavar="PASSES", help="Combine so many passes with dropout on, as in training.")
+    ] = None
+    snapshots: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Combine the snapshots of a run with --snapshots.")
+    ] = False
     tta: Views = None
-    split: Annotated[str, tyro.conf.arg(help="validation, or a data set's official test split.")] = "validation"
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Evaluate(Code, Together):
+    runs: Annotated[
+        list[Path],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="RUN ...", help="Folder of a run, such as runs/depth-1, or of several that answer as one."
+        ),
+    ] = dataclasses.field(default_factory=list)
+    split: Annotated[
+        str,
+        tyro.conf.arg(
+            help="validation, a data set's official test split, or out-of-bag: the training samples that runs with "
+            "--bootstrap have not drawn."
+        ),
+    ] = "validation"
+    uncertainty: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="Also measure, and draw, whether the uncertainty is to be believed."),
+    ] = False
+    output_dir: Annotated[
+        Path | None, tyro.conf.arg(help="Where --uncertainty draws (none: RUN/uncertainty, of the first run).")
+    ] = None
     json: Annotated[Path | None, tyro.conf.arg(help="Also write the metrics to this file: name to number.")] = None
     batch_size: Annotated[int | None, tyro.conf.arg(help="Samples in a batch (none: the run's).")] = None
     device: Annotated[str | None, tyro.conf.arg(help="auto, cpu, cuda or mps (none: the run's).")] = None
@@ -49,16 +95,22 @@ class _Evaluate(Run):
 
 
 def run(words: list[str], program: str, description: str) -> None:
-    """Measure a run's best checkpoint."""
+    """Measure a run's best checkpoint, or those of several runs as one."""
     take_plugins(words)
     folder = run_of(words)
     flags, stored = _parse(folder, words, program, description)
-    if flags.run != folder:  # another run stands among the words, as the value of a flag
-        check_run(flags.run)
-        flags, stored = _parse(flags.run, words, program, description)
+    if not flags.runs:
+        raise UserError("name a run's folder, such as runs/depth-1, or several whose answers are to be combined")
+    for other in flags.runs:
+        check_run(other)
+    if flags.runs[0] != folder:  # another run stands among the words, as the value of a flag
+        flags, stored = _parse(flags.runs[0], words, program, description)
     if flags.split not in SPLITS:
         raise UserError(f"--split {flags.split!r}{nearest(flags.split, SPLITS)} is one of {', '.join(SPLITS)}")
-    views = views_of(flags.tta)
+    if flags.output_dir is not None and not flags.uncertainty:
+        raise UserError("--output-dir is where --uncertainty draws; add that, or leave it out")
+    if flags.uncertainty and flags.split == "out-of-bag":
+        raise UserError("--uncertainty is measured on held-out samples; leave --split out-of-bag out")
     changes: dict[str, Any] = {name: getattr(flags, name) for name in ("batch_size", "device", "devices", "precision")}
     changes = {name: value for name, value in changes.items() if value is not None}
     changes["data"], changes["more_data"] = _data(values_of(flags.data), stored)
@@ -66,9 +118,15 @@ def run(words: list[str], program: str, description: str) -> None:
     if flags.json is not None:
         check_output("--json", flags.json)
     here = surroundings()
-    from mtl.experiment import evaluate
+    from mtl.evaluation import evaluate, evaluate_unseen
 
-    outcome = evaluate(flags.run, changes, here, flags.split, views)
+    run, *others = flags.runs
+    combining = combining_of(flags, others)
+    if flags.split == "out-of-bag":
+        outcome = evaluate_unseen(run, changes, here, combining)
+    else:
+        pictures = flags.output_dir or run / "uncertainty"
+        outcome = evaluate(run, changes, here, flags.split, combining, pictures if flags.uncertainty else None)
     print_results(outcome.results, outcome.constant)
     if flags.json is not None:
         numbers = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
@@ -98,6 +156,18 @@ def _data(given: dict[str, Any], stored: Experiment) -> tuple[dict[str, Any], li
         defaults = {name: info.get_default() for name, info in SourceOptions.model_fields.items()}
         given |= {name: value for name, value in defaults.items() if name not in differs}
     return given | {"ratio": None}, []
+
+
+def combining_of(flags: Together, others: Sequence[Path]) -> "Combining":
+    """Return what is to answer, as the flags say.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    from mtl.ensembling.runs import Combining
+
+    kind = cast("Kind | None", flags.combine)  # which `Combining` checks
+    return Combining(others, flags.snapshots, flags.mc_dropout, views_of(flags.tta), kind)
 
 
 def views_of(tta: str | None) -> tuple[float, ...] | bool:

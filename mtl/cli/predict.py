@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from mtl.cli.evaluate import Run, Views, check_run, views_of
+from mtl.cli.evaluate import Run, Together, check_run, combining_of
 from mtl.cli.surroundings import surroundings
 from mtl.cli.words import take_plugins
 from mtl.config import changed, load
@@ -17,9 +17,13 @@ SCALES = ("fit", "native")
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Predict(Run):
+class _Predict(Run, Together):
     images: Annotated[
         list[str], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER|GLOB ...", help="What to predict.")
+    ] = dataclasses.field(default_factory=list)
+    with_: Annotated[
+        list[Path],
+        tyro.conf.arg(name="with", metavar="RUN ...", help="Further runs, whose answers are combined with this one's."),
     ] = dataclasses.field(default_factory=list)
     output_dir: Annotated[Path | None, tyro.conf.arg(help="Where to write (none: RUN/predict).")] = None
     scale: Annotated[
@@ -28,7 +32,6 @@ class _Predict(Run):
     ] = "fit"
     overlap: Annotated[float, tyro.conf.arg(help="Share by which windows over large pictures overlap.")] = 0.25
     batch_size: Annotated[int, tyro.conf.arg(help="Windows at once.")] = 8
-    tta: Views = None
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda or mps.")] = "auto"
 
 
@@ -36,7 +39,8 @@ def run(words: list[str], program: str, description: str) -> None:
     """Predict images with a run's best checkpoint."""
     take_plugins(words)
     flags = parse(_Predict, None, words, program, description)
-    check_run(flags.run)
+    for run in (flags.run, *flags.with_):
+        check_run(run)
     if not flags.images:
         raise UserError(f"name pictures, a folder of them or a glob after {flags.run}")
     if flags.scale not in SCALES:
@@ -46,15 +50,21 @@ def run(words: list[str], program: str, description: str) -> None:
     if flags.batch_size < 1:
         raise UserError(f"--batch-size {flags.batch_size} must be at least 1")
     changed(load(flags.run / "config.yaml"), {"device": flags.device})  # refuses a wrong value at once
-    views = views_of(flags.tta)
     surroundings()
+    from mtl.ensembling.runs import checkpoints, together
     from mtl.prediction.files import find_images, predict_files
     from mtl.prediction.predictor import Predictor
-    from mtl.runs import load_run
+    from mtl.runs import check_pictures, load_predicting
 
+    combining = combining_of(flags, flags.with_)
+    paths = checkpoints(flags.run, combining)
     images = find_images(flags.images)
-    module = load_run(flags.run, {"device": flags.device})
-    predictor = Predictor(module, scale=flags.scale, overlap=flags.overlap, batch_size=flags.batch_size, tta=views)
+    module = load_predicting(paths[0], {"device": flags.device})
+    check_pictures(module, flags.run)
+    answers = together(module, paths, combining)
+    predictor = Predictor(
+        module, scale=flags.scale, overlap=flags.overlap, batch_size=flags.batch_size, answers=answers
+    )
     result = predict_files(predictor, images, flags.output_dir or flags.run / "predict", print)
     if result.failures:
         raise UserError(result.complaint)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from pydantic import BaseModel
@@ -15,6 +16,9 @@ from mtl.cli.words import base_of, take_plugins, with_yaml_only
 from mtl.config import Experiment, TransferGroup, changed, dump, load, validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values, word_or
+
+if TYPE_CHECKING:
+    from mtl.evaluation import Outcome
 
 MAY_CHANGE = {
     "epochs", "max_steps", "patience", "device", "devices", "compile", "logger", "project", "checkpoint_every",
@@ -31,6 +35,10 @@ class _Files(Configured):
         tyro.conf.arg(
             help="Go on with a run; auto is the one of --name, else the newest, and a new run if there is none."
         ),
+    ] = None
+    seeds: Annotated[
+        int | None,
+        tyro.conf.arg(help="Train so many runs that differ in --seed, called NAME-seed0 and so on: an ensemble."),
     ] = None
     print_config: Annotated[
         bool,
@@ -55,7 +63,7 @@ def run(words: list[str], program: str, description: str) -> None:
         given = _parse(flags, base, words, program, description)
     for name in ("plugin", "config", "resume"):
         given.pop(name)
-    print_config = given.pop("print_config")
+    print_config, seeds = given.pop("print_config"), given.pop("seeds")
     plugins = [str(path) for path in registry.plugins.values()]
     experiment = validate(with_yaml_only(given, base) | {"needs_plugins": plugins})
     if resume is not None:
@@ -63,6 +71,9 @@ def run(words: list[str], program: str, description: str) -> None:
         experiment = changed(experiment, {"name": base.name, "output_dir": base.output_dir})
     if print_config:
         print(dump(experiment), end="")
+        return
+    if seeds is not None:
+        _train_seeds(_with_seeds(experiment, seeds, resume))
         return
     here = surroundings()
     from mtl.experiment import new_folder, train
@@ -75,15 +86,62 @@ def run(words: list[str], program: str, description: str) -> None:
     outcome = train(experiment, here, resume)
     if rank() > 0:
         return
+    _report(experiment, outcome)
+    print("next, for example:")
+    for command, purpose in _suggestions(experiment, outcome.folder, outcome.labels):
+        print(f"  {command}\n      {purpose}")
+
+
+def _with_seeds(experiment: Experiment, count: int, resume: Path | None) -> list[Experiment]:
+    """Return experiments that differ in their seeds and names alone.
+
+    Raises:
+        UserError: There are too few, or they cannot be told apart or be trained one after another.
+    """
+    if count < 2:
+        raise UserError(f"--seeds {count}: an ensemble has two runs or more; leave it out for one")
+    if resume is not None:
+        raise UserError("--seeds starts new runs; go on with one of them by --resume NAME-seed0, without --seeds")
+    if experiment.name is None:
+        raise UserError(f"--seeds {count} needs a --name, after which the runs are called NAME-seed0 and so on")
+    if experiment.devices > 1:
+        raise UserError(
+            f"--seeds trains one run after another on one device; leave --devices {experiment.devices} out, or start "
+            "each by its own --seed"
+        )
+    seeds = range(experiment.seed, experiment.seed + count)
+    return [changed(experiment, {"seed": seed, "name": f"{experiment.name}-seed{seed}"}) for seed in seeds]
+
+
+def _train_seeds(experiments: list[Experiment]) -> None:
+    """Train one run after another, and say how to combine them."""
+    here = surroundings()
+    from mtl.experiment import new_folder, train
+
+    folders = [new_folder(experiment) for experiment in experiments]  # refuses one that exists before any training
+    for experiment, folder in zip(experiments, folders, strict=True):
+        print(f"\n{folder}")
+        _report(experiment, train(experiment, dataclasses.replace(here, folder=folder)))
+    code = "".join(f" --plugin {file}" for file in registry.plugins.values())
+    first, *others = map(str, folders)
+    print("next, for example:")
+    together = " ".join([first, *others])
+    print(f"  python -m mtl evaluate {together}{code} --combine mean --uncertainty\n      measures them as one")
+    if experiments[0].bootstrap:
+        print(f"  python -m mtl evaluate {together}{code} --split out-of-bag")
+        print("      measures each training sample by the runs that have not drawn it")
+    print(f"  python -m mtl predict {first} IMAGES --with {' '.join(others)}{code}")
+    print("      predicts pictures of your own with all of them, and how far they disagree")
+
+
+def _report(experiment: Experiment, outcome: "Outcome") -> None:
+    """Say how good a run is, and where everything of it is."""
     print_results(outcome.results, outcome.constant)
     print(f"\n{outcome.steps} steps, {outcome.seconds:.0f} s; everything is in {outcome.folder}:")
-    backbone = "" if experiment.backbone_stays else "  backbone.safetensors"
+    backbone = "" if experiment.backbone_stays or experiment.signals else "  backbone.safetensors"
     more = "weighting.png  " if len(experiment.task) > 1 else ""
     more += "reconstructions/  " if "masked" in experiment.task else ""
     print(f"  curves.png  predictions.png  {more}metrics.csv  config.yaml  best.ckpt  last.ckpt{backbone}")
-    print("next, for example:")
-    for command, purpose in _suggestions(experiment, outcome.folder):
-        print(f"  {command}\n      {purpose}")
 
 
 def _parse(flags: type, base: Experiment, words: list[str], program: str, description: str) -> dict[str, Any]:
@@ -136,27 +194,42 @@ def _flat(options: BaseModel, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _suggestions(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
+def _suggestions(experiment: Experiment, folder: Path, labels: Sequence[str]) -> list[tuple[str, str]]:
     """Return commands worth trying next, and what each does."""
     code = "".join(f" --plugin {file}" for file in registry.plugins.values())
     again = f"python train.py{code} --config {folder / 'config.yaml'} --name {folder.name}"
     if experiment.task == ["masked"]:
-        start = f"{again}-depth --task depth --init {folder} --max-steps 300"
-        return [
-            (f"{start} --freeze", "learns depth on what this has learned"),
-            (f"{start}", "the same, and the backbone goes on learning"),
-            (
-                f"{again}-scratch --task depth --init none --max-steps 300",
-                "the same from scratch, to see what it is worth",
-            ),
+        task = next((name for name in ("depth", "segmentation", "normals") if name in labels), "depth")
+        monitor = " --monitor gain" if experiment.monitor.startswith("masked/") else ""
+        data = "" if task in labels else " --data.name folder --data.root LABELLED"
+        then = f"{again}-{task} --task {task}{data}{monitor} --init {folder}"
+        scratch = f"{again}-scratch --task {task}{data}{monitor} --init none"
+        lines = [
+            (then, f"learns {task} from here"),
+            (scratch, "the same from scratch, to see what this is worth"),
         ]
+        if _plain_transfer(experiment):
+            lines.insert(1, (f"{then} --freeze", "the same, and leaves the backbone as it is"))
+        return lines
+    if experiment.signals:
+        lines = [(f"python -m mtl evaluate {folder} --split test", "measures the best checkpoint on the test signals")]
+        if experiment.augment == "none":
+            lines.append((f"{again}-augmented --augment lecture", "the same with random shifts and scales"))
+        return lines
     lines = [(f"python -m mtl predict {folder} IMAGES{code}", "predicts pictures of your own, of any size")]
     lines.append((f"python -m mtl evaluate {folder}{code} --json metrics.json", "measures the best checkpoint again"))
+    if experiment.bootstrap:
+        lines.append((f"python -m mtl evaluate {folder}{code} --split out-of-bag", "measures on the samples not drawn"))
     if experiment.backbone_stays:
         lines.append((f"{again}-tuned --no-freeze --init {folder}", "goes on from here with the whole network"))
         lines.append((f"{again}-random --init none", "the same on a random backbone, to see what this one is worth"))
-    elif not experiment.model_dump(include=set(TransferGroup.model_fields) - {"init"}, exclude_defaults=True):
+    elif _plain_transfer(experiment):
         lines.append((f"{again}-frozen --freeze --init {folder}", "keeps this backbone and trains the heads alone"))
     if experiment.task in (["depth"], ["segmentation"]):
         lines.append((f"{again}-both --task segmentation depth", "learns both tasks on one backbone"))
     return lines
+
+
+def _plain_transfer(experiment: Experiment) -> bool:
+    """Return whether nothing is said of how the backbone learns, which --freeze would contradict."""
+    return not experiment.model_dump(include=set(TransferGroup.model_fields) - {"init"}, exclude_defaults=True)

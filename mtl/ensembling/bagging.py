@@ -88,7 +88,7 @@ def out_of_bag_score(
         raise UserError("every member has seen every training sample: train more members, or measure on held-out ones")
     row = 0
     for batch in batches:
-        image = batch["image"]
+        image = batch[members[0].info.input]
         judged = outside[:, row : row + len(image)]
         row += len(image)
         if row > outside.shape[1]:

@@ -4,11 +4,14 @@
 
     DIR/NAME.png             a page for a person: the image, each task's picture, legend and scale
     DIR/TASK/NAME.SUFFIX     each task's prediction as data, as `Task.encode` writes it
+    DIR/TASK-uncertainty/    where several answers were combined, how uncertain each is: NAME.npy, (H, W) float32 in
+                             the unit of `mtl.ensembling.combine.Combined`
     DIR/dataset.yaml         names of the classes: with the images as DIR/images/, DIR is a `folder` data set
     DIR/.predicted.jsonl     which files these are: a later prediction replaces them, and no others
 """
 
 import glob
+import io
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -29,6 +32,7 @@ from mtl.prediction.predictor import Predictor
 from mtl.prediction.record import Record
 from mtl.tasks.base import Panel
 from mtl.training.pictures import Panels, draw_predictions
+from mtl.uncertainty.pictures import draw_uncertainty
 
 _LONGEST = 1024
 """The most pixels of a side of what is drawn on a page."""
@@ -119,7 +123,9 @@ def predict_files(
         UserError: The folder cannot be written, or holds what must not be overwritten.
     """
     folders = {task.name: output_dir / task.name for task in predictor.tasks}
-    _check_folder(output_dir, folders.values(), images)
+    uncertain = {task.name: output_dir / f"{task.name}-uncertainty" for task in predictor.tasks}
+    everywhere = [*folders.values(), *uncertain.values()]
+    _check_folder(output_dir, everywhere, images)
     result = Result()
     names = _names(images, say)
     description: dict[Path, bytes] = {}
@@ -128,26 +134,29 @@ def predict_files(
         description[output_dir / "dataset.yaml"] = content.encode()
     try:
         record = Record(output_dir)
-        _check_files(output_dir, folders.values(), names.values(), description, record)
+        _check_files(output_dir, everywhere, names.values(), description, record)
         for folder in (output_dir, *folders.values()):
             folder.mkdir(parents=True, exist_ok=True)
         _write("", description, record)
         for image, name in names.items():
             try:
                 array = pixels(image)
-                predictions = predictor.predict(array)
+                predictions, uncertainty = predictor.predict_with_uncertainty(array)
             except UserError as error:
                 reason = str(error) if str(image) in str(error) else f"{image}: {error}"
                 say(reason)
                 result.failures[image] = reason
                 continue
             page = output_dir / f"{name}.png"
-            files = {page: _draw_page(output_dir, predictor, array, predictions)}
+            files = {page: _draw_page(output_dir, predictor, array, predictions, uncertainty)}
             for task in predictor.tasks:
                 for suffix, encoded in task.encode(predictions[task.name]).items():
                     files[folders[task.name] / f"{name}{suffix}"] = encoded
+            for task_name, values in uncertainty.items():
+                uncertain[task_name].mkdir(exist_ok=True)
+                files[uncertain[task_name] / f"{name}.npy"] = _encoded(values)
             _write(name, files, record)
-            for path in record.files(name, folders.values()) - files.keys():
+            for path in record.files(name, everywhere) - files.keys():
                 path.unlink()  # such as a scale that no longer holds
             result.pages[image] = page
     except OSError as error:
@@ -219,8 +228,20 @@ def _names(images: Sequence[Path], say: Callable[[str], None]) -> dict[Path, str
     return names
 
 
-def _draw_page(output_dir: Path, predictor: Predictor, array: np.ndarray, predictions: Mapping[str, Tensor]) -> bytes:
-    """Draw the image and each task's prediction, made no larger than a page needs, as a PNG."""
+def _encoded(values: Tensor) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values.numpy())
+    return content.getvalue()
+
+
+def _draw_page(
+    output_dir: Path,
+    predictor: Predictor,
+    array: np.ndarray,
+    predictions: Mapping[str, Tensor],
+    uncertainty: Mapping[str, Tensor],
+) -> bytes:
+    """Draw the image, each task's prediction and how uncertain it is, no larger than a page needs, as a PNG."""
     shrink = max(1.0, max(array.shape[:2]) / _LONGEST)
     height, width = (max(1, round(length / shrink)) for length in array.shape[:2])
     small = np.array(Image.fromarray(array).resize((width, height), Image.Resampling.BOX))
@@ -235,6 +256,8 @@ def _draw_page(output_dir: Path, predictor: Predictor, array: np.ndarray, predic
         # Every so-many-th pixel: an average of what any task predicts need not be a prediction.
         prediction = predictions[task.name][..., rows[:, None], columns]
         panels |= task.pictures(prediction[None], None)
+        if task.name in uncertainty:
+            panels |= draw_uncertainty(task, uncertainty[task.name][rows[:, None], columns][None])
         if task.class_names and not classes:
             classes, present = task.class_names, np.unique(prediction.numpy()).tolist()
     with tempfile.TemporaryDirectory(prefix=".page-", dir=output_dir) as folder:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtl.data.fitting import resample
+from mtl.ensembling.ensemble import Together
 from mtl.errors import UserError
 from mtl.prediction.images import Picture, pixels
 from mtl.prediction.tta import SCALES, AveragedViews
@@ -37,7 +38,8 @@ class Predictor:
     through the model in overlapping windows of that size, unless the backbone takes any size and the image is not
     much larger. Windows are blended before anything else is made of the heads' outputs, and the outputs are
     resampled to the image's own size before they become predictions: so classes are decided, and normals
-    normalised, last. With test-time augmentation this holds of the mean over views in place of the outputs.
+    normalised, last. With test-time augmentation this holds of the mean over views in place of the outputs, and of
+    several members of what they say together, and how uncertain that is.
 
     Args:
         module: Model and tasks; it is put into evaluation mode. Its device and type are used.
@@ -46,6 +48,7 @@ class Predictor:
         batch_size: Windows in a batch.
         tta: Whether to ask about each window's mirror image, and about both at other scales, and to average
             (`AveragedViews`): True for the usual scales, or these scales beside 1, of which there may be none.
+        answers: What answers in the module's place, in place of `tta`: several models, passes or views.
 
     Raises:
         UserError: An option is not allowed, or not with this backbone.
@@ -59,6 +62,7 @@ class Predictor:
         overlap: float = 0.25,
         batch_size: int = 8,
         tta: bool | Sequence[float] = False,
+        answers: Together | AveragedViews | None = None,
     ) -> None:
         if scale not in ("fit", "native"):
             raise UserError(f"the scale {scale!r} is not one of fit, native")
@@ -66,12 +70,14 @@ class Predictor:
             raise UserError(f"an overlap of {overlap} is not a share of a window, from 0 to less than 1")
         if batch_size < 1:
             raise UserError(f"a batch of {batch_size} windows is none: take at least 1")
+        if answers is not None and tta is not False:
+            raise UserError("what answers in the model's place decides about views of an image: leave tta out")
         self.module = module
         self.tasks = list(module.each_task())
         self.scale = scale
         self.overlap = overlap
         self.batch_size = batch_size
-        self._views = None if tta is False else AveragedViews(module, SCALES if tta is True else tta)
+        self._views = answers if tta is False else AveragedViews(module, SCALES if tta is True else tta)
         self._size = module.options.data.size
         self._fixed = "img_size" in module.model.backbone.size_arguments
 
@@ -90,6 +96,19 @@ class Predictor:
         Raises:
             UserError: The image cannot be read, or is too elongated to be brought to the scale of training.
         """
+        return self.predict_with_uncertainty(image)[0]
+
+    @torch.no_grad()
+    def predict_with_uncertainty(self, image: Picture) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what `predict` does, and each task's uncertainty where several answers are combined.
+
+        Returns:
+            The predictions, and by the tasks' names maps (H, W) float32 as `mtl.ensembling.combine.Combined` defines
+            them, on the CPU; without several answers there is none.
+
+        Raises:
+            UserError: As `predict` does.
+        """
         self.module.eval()
         array = pixels(image)
         size = (array.shape[0], array.shape[1])
@@ -100,13 +119,22 @@ class Predictor:
         strips = blend(self._answers(scaled, rows, columns), rows, columns)
         shapes = [self._shape(task) for task in self.tasks]
         channels = [math.prod(shape) for shape in shapes]
+        if isinstance(self._views, Together):
+            channels += [1] * len(self.tasks)
         bands = resize(strips, (height, width), size, max(1, _BAND // (sum(channels) * max(width, size[1]))))
         parts: dict[str, list[Tensor]] = {task.name: [] for task in self.tasks}
+        uncertain: dict[str, list[Tensor]] = {task.name: [] for task in self.tasks}
         for band in bands:
-            for task, shape, answer in zip(self.tasks, shapes, band.split_with_sizes(channels), strict=True):
+            answers = band.split_with_sizes(channels)
+            for task, shape, answer in zip(self.tasks, shapes, answers, strict=False):
                 predict = task.predict if self._views is None else task.harden
                 parts[task.name].append(predict(answer.reshape(1, *shape, *answer.shape[1:]))[0].cpu())
-        return {name: torch.cat(bands, dim=-2) for name, bands in parts.items()}
+            for task, answer in zip(self.tasks, answers[len(self.tasks) :], strict=False):
+                uncertain[task.name].append(answer[0].float().cpu())
+        predictions, maps = (
+            {name: torch.cat(bands, dim=-2) for name, bands in found.items() if bands} for found in (parts, uncertain)
+        )
+        return predictions, maps
 
     def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the height and width at which an image of this size goes through the model."""
@@ -138,9 +166,9 @@ class Predictor:
     def _answers(self, image: Tensor, rows: Cover, columns: Cover) -> Iterator[Tensor]:
         """Yield (C, rows.window, columns.window) for each window, all tasks' channels in a row.
 
-        They are the heads' outputs, or with test-time augmentation the means of what can be averaged.
+        They are the heads' outputs, or with test-time augmentation the means of what can be averaged. Of several
+        members, each task's uncertainty follows after all tasks' channels.
         """
-        ask: Callable[[Tensor], Mapping[str, Tensor]] = self.module.model if self._views is None else self._views.soft
         parameter = next(self.module.model.parameters())
         layout = torch.channels_last if self.module.options.channels_last else torch.contiguous_format
         # A backbone that takes but one size gets small images extended as the model itself would extend them.
@@ -154,9 +182,18 @@ class Predictor:
                 batch = batch / 255
             if any(padding):
                 batch = functional.pad(batch, padding, mode="replicate")
-            answers = ask(batch.contiguous(memory_format=layout))
-            joined = torch.cat([_with_channels(answers[task.name]) for task in self.tasks], dim=1)
+            maps = self._ask(batch.contiguous(memory_format=layout))
+            joined = torch.cat([_with_channels(answer) for answer in maps], dim=1)
             yield from joined[..., : rows.window, : columns.window]
+
+    def _ask(self, batch: Tensor) -> list[Tensor]:
+        """Return the maps (B, H, W) or (B, C, H, W) to blend: one a task, then the tasks' uncertainty, if any."""
+        if isinstance(self._views, Together):
+            together = self._views.combine(batch)
+            combined = [together[task.name] for task in self.tasks]
+            return [answer.soft for answer in combined] + [answer.uncertainty for answer in combined]
+        answers = self.module.model(batch) if self._views is None else self._views.soft(batch)
+        return [answers[task.name] for task in self.tasks]
 
 
 def _with_channels(maps: Tensor) -> Tensor:

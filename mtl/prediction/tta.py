@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mtl.errors import UserError
+from mtl.models.signals import SignalBackbone
 from mtl.training.module import MultiTaskModule
 
 SCALES = (0.8, 1.25)
@@ -32,7 +33,7 @@ class AveragedViews:
         scales: Relative to the size of what is given, beside 1; none are needed for the mirror image alone.
 
     Raises:
-        UserError: A scale is not allowed, or the backbone takes images of one size only.
+        UserError: A scale is not allowed, or the backbone takes images of one size only, or signals.
     """
 
     def __init__(self, module: MultiTaskModule, scales: Sequence[float] = SCALES) -> None:
@@ -44,6 +45,11 @@ class AveragedViews:
         self.module = module
         self.scales = tuple(dict.fromkeys((1.0, *scales)))
         backbone = module.model.backbone
+        if isinstance(backbone, SignalBackbone):
+            raise UserError(
+                f"test-time augmentation is of pictures, and {backbone.name} takes signals, whose mirror images are"
+                " others: leave it out"
+            )
         if len(self.scales) > 1 and "img_size" in backbone.size_arguments:
             raise UserError(
                 f"the backbone {backbone.name!r} takes images of one size only, so that test-time augmentation cannot"
@@ -59,10 +65,15 @@ class AveragedViews:
     def soft(self, image: Tensor) -> dict[str, Tensor]:
         """Return the mean over views of each task's `Task.soft`, for images (B, 3, H, W) in [0, 1]."""
         sums: dict[str, Tensor] = {}
-        for scale in self.scales:
-            for name, soft in self._at(scale, image):
-                sums[name] = sums[name] + soft if name in sums else soft
+        for name, soft in self.each(image):
+            sums[name] = sums[name] + soft if name in sums else soft
         return {name: total / (2 * len(self.scales)) for name, total in sums.items()}
+
+    @torch.no_grad()
+    def each(self, image: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield, view by view and by the tasks' names, what each view of images (B, 3, H, W) says of them."""
+        for scale in self.scales:
+            yield from self._at(scale, image)
 
     def _at(self, scale: float, image: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield, by the tasks' names, what the image and its mirror image at a scale say of the image itself."""
