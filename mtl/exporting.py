@@ -35,6 +35,7 @@ from torch.export import Dim, ExportedProgram
 
 from mtl.errors import UserError
 from mtl.files import write_whole
+from mtl.models.backbone import Backbone
 from mtl.models.heads import resolve_decoder
 from mtl.models.multitask import MultiTaskModel
 from mtl.tasks.base import Task
@@ -149,6 +150,7 @@ class _Program(nn.Module):
         self.model: MultiTaskModel = copy.deepcopy(module.model)
         self.tasks = copy.deepcopy(module.tasks)
         self.raw = raw
+        assert isinstance(self.model.backbone, Backbone), "reading the run has checked this"
         decoder = resolve_decoder(module.options.decoder, self.model.backbone)
         self.parts = {"backbone": module.options.backbone, "decoder": decoder}
         self.title = f"backbone {self.parts['backbone']} with decoder {decoder}"

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TASKS = ("segmentation", "depth", "normals", "masked")
+TASKS = ("segmentation", "depth", "normals", "masked", "classification")
 """The tasks that come with the package."""
 
-DATA_SETS = ("scenes", "folder", "nyuv2", "cityscapes")
+DATA_SETS = ("scenes", "folder", "nyuv2", "cityscapes", "mnist1d")
 """The data sets that come with the package."""
 
 WEIGHTINGS = (

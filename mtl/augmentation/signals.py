@@ -21,8 +21,8 @@ class SignalAugmentation(nn.Module):
 
     Args:
         seed: Seed of the draws.
-        shift: Whether to shift by a number of places drawn from all of them; what leaves at one end comes back at the
-            other.
+        shift: Share of the samples to shift by a number of places drawn from all of them; what leaves at one end comes
+            back at the other.
         scale: Largest change s of a factor that is uniform in [1 - s, 1 + s].
         noise: Standard deviation of independent Gaussian noise, added last, in the signal's unit.
 
@@ -30,8 +30,10 @@ class SignalAugmentation(nn.Module):
         UserError: A number is out of its range.
     """
 
-    def __init__(self, seed: int, *, shift: bool = True, scale: float = 0.2, noise: float = 0.0) -> None:
+    def __init__(self, seed: int, *, shift: float = 1.0, scale: float = 0.2, noise: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= shift <= 1:
+            raise UserError(f"{shift:g} of the signals are to be shifted, but a share is at least 0 and at most 1")
         if not 0 <= scale < 1:
             raise UserError(f"signals are scaled by up to 1 ± {scale:g}, but the change must be at least 0 and below 1")
         if not 0 <= noise < math.inf:
@@ -48,7 +50,8 @@ class SignalAugmentation(nn.Module):
         signal = batch["signal"]
         draws = Draws(self.seed, batch["draw"][0, 0], batch["draw"][:, 1])
         if self.shift:
-            signal = circular_shift(signal, draws.integers("signal shift", signal.shape[-1]))
+            places = draws.integers("signal shift", signal.shape[-1])
+            signal = circular_shift(signal, places * draws.bernoulli("whether a signal shifts", self.shift))
         if self.scale:
             factor = 1 + self.scale * (2 * draws.uniform("signal scale") - 1)
             signal = signal * factor.to(signal.dtype)[:, None, None]

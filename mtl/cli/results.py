@@ -13,6 +13,6 @@ def print_results(results: dict[str, float], constant: dict[str, float]) -> None
         column.justify = "right"
     for name, value in results.items():
         if "/iou/" not in name and not name.endswith("_image") and math.isfinite(value):
-            beside = constant.get(name)
-            table.add_row(name, f"{value:.4f}", "" if beside is None else f"{beside:.4f}")
+            beside = constant.get(name, math.nan)
+            table.add_row(name, f"{value:.4f}", f"{beside:.4f}" if math.isfinite(beside) else "")
     Console().print(table)

@@ -162,7 +162,7 @@ def gather(chunks: Iterable[Batch], count: int, device: torch.device | None) -> 
             if name not in whole:
                 whole[name] = torch.empty((count, *values.shape[1:]), dtype=values.dtype, device=device)
             whole[name][start : start + len(values)] = values
-        start += len(chunk["image"])
+        start += len(values)
     return whole
 
 
@@ -200,7 +200,7 @@ def _write(path: Path, chunks: Iterable[Batch], count: int) -> None:
             for name, values in chunk.items():
                 stored = file.require_dataset(name, (count, *values.shape[1:]), values.numpy().dtype)
                 stored[start : start + len(values)] = values.numpy()
-            start += len(chunk["image"])
+            start += len(values)
     with path.open("rb+") as written:
         os.fsync(written.fileno())  # or a power cut could leave the name without the content
 

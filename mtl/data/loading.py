@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mtl.data.caching import Cache, Fingerprinted, Mapped, digest, gather, write
-from mtl.data.sample import TARGETS, Batch, Sample, Source
+from mtl.data.sample import ALL_TARGETS, Batch, DataInfo, Sample, Source
 from mtl.errors import UserError
 
 Augment = Callable[[Sample, np.random.Generator], Sample]
@@ -55,8 +55,8 @@ class Batches(Sampler[list[Key]]):
         seed: Seed of the orders.
         rank: This process.
         ranks: Number of processes.
-        parts: The samples (row numbers) of each data set, which together are all; None is one set. This and what
-            follows is for training, with `shuffle`.
+        parts: The samples (row numbers) of each data set, which together are all, or those that a bootstrap has drawn,
+            as often; None is one set. This and what follows is for training, with `shuffle`.
         ratios: How often to draw from each of the parts, in any unit; None is in proportion to their sizes.
         epoch_length: Number of positions of an epoch; None is `length`.
 
@@ -141,8 +141,8 @@ class Batches(Sampler[list[Key]]):
 class Samples(Dataset[Batch]):
     """A data set's samples as batches of tensors, in the types of storage.
 
-    Each batch also has the samples' `intrinsics` (B, 3, 3), zero where a camera is unknown, and `draw` (B, 2), int64:
-    the epoch and the position in it of each sample, -1 for one that only fills a batch up.
+    Each batch also has `draw` (B, 2), int64: the epoch and the position in it of each sample, -1 for one that only
+    fills a batch up; and with images the samples' `intrinsics` (B, 3, 3), zero where a camera is unknown.
 
     Where the samples are kept (see `keep` and `mtl.data.caching`) makes no difference to a batch but the device it is
     on. Nothing is kept at first.
@@ -179,7 +179,7 @@ class Samples(Dataset[Batch]):
     @property
     def device(self) -> torch.device:
         """Where batches are."""
-        return torch.device("cpu") if self.stored is None else self.stored["image"].device
+        return torch.device("cpu") if self.stored is None else next(iter(self.stored.values())).device
 
     def keep(
         self,
@@ -225,7 +225,7 @@ class Samples(Dataset[Batch]):
         for row, key in enumerate(keys):
             if key.position < 0:
                 for target in self.targets:
-                    batch[target][row] = TARGETS[target].invalid
+                    batch[target][row] = ALL_TARGETS[target].invalid
         batch["draw"] = places[:, 1:].contiguous()
         return batch
 
@@ -238,14 +238,16 @@ class Samples(Dataset[Batch]):
         found: np.ndarray = self.source.labelled(target)[self.indices] & used
         return found
 
-    def labels(self, target: str, limit: int = 512) -> Iterator[torch.Tensor]:
+    def labels(self, target: str, limit: int = 512, rows: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
         """Yield labels of a target in chunks, in the host's memory and without augmentation.
 
         Args:
             target: The target's key, or 'image'.
             limit: How many of the samples that have one to read at most, spread evenly.
+            rows: Which samples, in what order; None is all.
         """
-        having = np.flatnonzero(self.has(target))
+        among = np.arange(len(self)) if rows is None else np.asarray(rows)
+        having = among[self.has(target)[among]]
         spread = np.linspace(0, len(having) - 1, min(limit, len(having))).round().astype(int)
         rows = having[spread].tolist()
         for chunk in (rows[start : start + 16] for start in range(0, len(rows), 16)):
@@ -374,22 +376,26 @@ def collate(samples: Sequence[Sample], targets: Iterable[str]) -> Batch:
 
     Args:
         samples: Samples of one size. A missing label becomes a target without a valid pixel.
-        targets: The dense targets that the batch is to have. Camera intrinsics come along, zero where unknown.
+        targets: The targets that the batch is to have. With images come camera intrinsics, zero where unknown.
     """
-    batch: Batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)}
-    height, width = batch["image"].shape[-2:]
+    size: tuple[int, ...] = ()
+    if "signal" in samples[0]:
+        batch: Batch = {"signal": torch.from_numpy(np.stack([s["signal"] for s in samples])).unsqueeze(1)}
+    else:
+        batch = {"image": torch.from_numpy(np.stack([s["image"] for s in samples])).permute(0, 3, 1, 2)}
+        unknown = np.zeros((3, 3), np.float32)
+        batch["intrinsics"] = torch.from_numpy(np.stack([s.get("intrinsics", unknown) for s in samples]))
+        size = tuple(batch["image"].shape[-2:])
     for target in targets:
-        kind = TARGETS[target]
-        shape = (height, width) if kind.channels in (None, 1) else (height, width, kind.channels)
-        missing = np.full(shape, kind.invalid, np.uint8 if kind.dtype == torch.uint8 else np.float32)
+        kind = ALL_TARGETS[target]
+        shape = size if kind.channels in (None, 1) else (*size, kind.channels)
+        missing = torch.full(shape, kind.invalid, dtype=kind.dtype).numpy()
         values = torch.from_numpy(np.stack([s.get(target, missing) for s in samples]))
         if kind.channels == 1:
             values = values.unsqueeze(1)
         elif kind.channels is not None:
             values = values.permute(0, 3, 1, 2)
         batch[target] = values
-    unknown = np.zeros((3, 3), np.float32)
-    batch["intrinsics"] = torch.from_numpy(np.stack([s.get("intrinsics", unknown) for s in samples]))
     return batch
 
 
@@ -430,11 +436,13 @@ def choose_labels(source: Source, target: str, count: int | None, seed: int) -> 
     return frozenset(order[count:].tolist())
 
 
-def bytes_in_memory(size: tuple[int, int], targets: Iterable[str], samples: int) -> int:
-    """Return how many bytes `Samples` takes to keep this many samples."""
-    per_pixel = 3 + sum((TARGETS[t].channels or 1) * TARGETS[t].storage.itemsize for t in targets)
+def bytes_in_memory(size: tuple[int, int], targets: Iterable[str], samples: int, info: DataInfo) -> int:
+    """Return how many bytes `Samples` takes to keep this many samples, of the given size where they are images."""
+    of_targets = sum((ALL_TARGETS[t].channels or 1) * ALL_TARGETS[t].storage.itemsize for t in targets)
+    if info.signal_length is not None:
+        return (info.signal_length * torch.float32.itemsize + of_targets) * samples
     intrinsics = 9 * torch.float32.itemsize
-    return (size[0] * size[1] * per_pixel + intrinsics) * samples
+    return (size[0] * size[1] * (3 + of_targets) + intrinsics) * samples
 
 
 def default_workers(stored: bool, augmented: bool) -> int:
@@ -465,9 +473,9 @@ def _unbatch(row: Batch) -> Sample:
     sample: Sample = {}
     for name, values in row.items():
         array = values.numpy()
-        if name == "image" or (name in TARGETS and (TARGETS[name].channels or 1) > 1):
+        if name == "image" or (name in ALL_TARGETS and (ALL_TARGETS[name].channels or 1) > 1):
             array = array.transpose(1, 2, 0)
-        elif name in TARGETS and TARGETS[name].channels == 1:
+        elif name in ALL_TARGETS and ALL_TARGETS[name].channels == 1:
             array = array[0]
         sample[name] = array.astype(np.float32) if array.dtype == np.float16 else array
     return sample
@@ -476,7 +484,7 @@ def _unbatch(row: Batch) -> Sample:
 def _to_storage(batch: Batch) -> Batch:
     """Return a batch in the types and the layout in which samples are kept."""
     return {
-        name: values.to(TARGETS[name].storage if name in TARGETS else values.dtype).contiguous()
+        name: values.to(ALL_TARGETS[name].storage if name in ALL_TARGETS else values.dtype).contiguous()
         for name, values in batch.items()
     }
 

@@ -96,19 +96,32 @@ def generate() -> Arrays:
     The recipe and its parameters are those of greydanus/mnist1d, which draws from NumPy's generator of old; here that
     is an instance, and the global one stays as it is.
     """
-    random = np.random.RandomState(_SEED)
-    templates = _TEMPLATES - _TEMPLATES.mean(axis=1, keepdims=True)
-    templates /= templates.std(axis=1, keepdims=True)
-    templates = (templates - templates[:, :1]) / 6
-    y = np.repeat(np.arange(len(templates)), _SAMPLES // len(templates))
-    x = np.stack([_transform(templates[label], random) for label in y])
-    order = random.permutation(_SAMPLES)
-    x, y = x[order], y[order]
-    x = (x - x.mean()) / x.std()
+    x, y = generate_from(_TEMPLATES, _SAMPLES, np.random.RandomState(_SEED))
     arrays = Arrays(x[:_TRAINING], y[:_TRAINING], x[_TRAINING:], y[_TRAINING:])
     for array in arrays:
         array.flags.writeable = False
     return arrays
+
+
+def generate_from(templates: np.ndarray, count: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
+    """Generate signals of any shapes by the same recipe.
+
+    Args:
+        templates: The classes as they are drawn, (C, 12).
+        count: Number of signals N, a multiple of C.
+        random: Where the draws come from.
+
+    Returns:
+        Signals (N, 40) float64, standardised and in random order, and their classes (N,) int64, as many of each.
+    """
+    templates = templates - templates.mean(axis=1, keepdims=True)
+    templates /= templates.std(axis=1, keepdims=True)
+    templates = (templates - templates[:, :1]) / 6
+    y = np.repeat(np.arange(len(templates)), count // len(templates))
+    x = np.stack([_transform(templates[label], random) for label in y])
+    order = random.permutation(len(x))
+    x, y = x[order], y[order]
+    return (x - x.mean()) / x.std(), y
 
 
 def _transform(template: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -320,7 +333,7 @@ class MNIST1D:
         UserError: The file is missing or not MNIST-1D's, or there is no such split.
     """
 
-    info = DataInfo("MNIST-1D", ("label",), CLASSES)
+    info = DataInfo("MNIST-1D", ("label",), CLASSES, signal_length=LENGTH)
 
     def __init__(self, root: Path | None = None, *, split: Split) -> None:
         self.signals, self.labels = load_mnist1d(root, split)

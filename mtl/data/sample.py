@@ -1,7 +1,7 @@
 """The contract between data sets, augmentation, tasks and models.
 
-A *batch* is a dictionary of tensors, a *sample* is the same for one image, as NumPy arrays with
-channels last (which is what image libraries read and write):
+A *batch* is a dictionary of tensors, a *sample* is the same for one image (or one signal, which has no channels), as
+NumPy arrays with channels last (which is what image libraries read and write):
 
 ============== ========================== ========================== ================ ==============
 key            batch (torch)              sample (NumPy)             unit             invalid
@@ -11,12 +11,16 @@ key            batch (torch)              sample (NumPy)             unit       
 `depth`        (B, 1, H, W) float32       (H, W) float32             metre            0
 `normals`      (B, 3, H, W) float32       (H, W, 3) float32          unit vector      (0, 0, 0)
 `intrinsics`   (B, 3, 3) float32          (3, 3) float32             pixel            all zero
+`signal`       (B, 1, T) float32          (T,) float32               standardised     --
+`label`        (B,) int64                 () int64                   class index      255
 `draw`         (B, 2) int64               --                         --               position -1
 ============== ========================== ========================== ================ ==============
 
 Depth is the distance along the optical axis. Normals live in the camera's frame, x right, y down,
 z forward, so that a surface facing the camera has z < 0. Pixel (column 0, row 0) has its centre at
 the image coordinate (0, 0), which is where `intrinsics` puts its principal point's origin.
+
+A sample is either a picture, with `image` and any of what follows it, or a signal, with `signal` and `label`.
 
 `draw` is where in training a sample is used: its epoch, and its position in the epoch's order. Loaders give depth
 and normals as float16, in which they are kept; `as_floats` makes of a batch what is computed with.
@@ -46,7 +50,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """How one dense target is stored.
+    """How one target is stored.
 
     Attributes:
         channels: Size of the channel axis of a batch, or `None` where there is no such axis.
@@ -68,6 +72,9 @@ TARGETS: dict[str, Target] = {
 }
 """The dense targets of the contract, by key."""
 
+ALL_TARGETS: dict[str, Target] = {**TARGETS, "label": Target(None, torch.int64, torch.int64, IGNORE_INDEX)}
+"""The same, and the target that has one value for a whole sample, without height and width."""
+
 
 @dataclass(frozen=True)
 class DataInfo:
@@ -76,15 +83,22 @@ class DataInfo:
     Attributes:
         name: A short name for messages and titles.
         targets: Keys of the targets that at least one sample has.
-        classes: Names of the segmentation classes, in the order of their indices.
+        classes: Names of the classes of `segmentation` or `label`, in the order of their indices.
         inverse_depth: Whether `depth` holds inverse depth, without a unit, in place of metres: what is twice as far
             has half the value.
+        signal_length: Number T of values, where samples are signals; None where they are pictures.
     """
 
     name: str
     targets: tuple[str, ...]
     classes: tuple[str, ...] = ()
     inverse_depth: bool = False
+    signal_length: int | None = None
+
+    @property
+    def input(self) -> str:
+        """The key of what a model is given."""
+        return "image" if self.signal_length is None else "signal"
 
 
 class Source(Protocol):
@@ -109,12 +123,13 @@ class Source(Protocol):
         ...
 
     def read(self, indices: Sequence[int], targets: Iterable[str]) -> list[Sample]:
-        """Return samples with `image` and those of `targets` that each has; a missing label's key is absent."""
+        """Return samples with their input and those of `targets` that each has; a missing label's key is absent."""
         ...
 
 
 def as_floats(batch: Batch) -> Batch:
-    """Return a loader's batch with floats: the image in [0, 1], depth and normals in single precision."""
+    """Return a loader's batch with floats: images in [0, 1], depth and normals in single precision."""
     floats = {name: v.float() if name in ("image", "depth", "normals") else v for name, v in batch.items()}
-    floats["image"] = floats["image"] / 255
+    if "image" in floats:
+        floats["image"] = floats["image"] / 255
     return floats

@@ -1,14 +1,16 @@
-"""Small models of one-dimensional signals: a backbone that turns a signal into features, and a last linear layer.
+"""Small models of one-dimensional signals: a backbone that turns a signal into features, and last linear layers.
 
 Four are those of the MNIST-1D benchmark (Greydanus & Kobak 2024; `notebooks/models.py` of greydanus/mnist1d), layer by
 layer; ``mnist1d_mlp_2x200`` is the network of "Understanding Deep Learning" (Prince 2023), notebook 9.5.
 """
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
+from mtl.config import SIGNAL_BACKBONES
 from mtl.errors import UserError, nearest
 
 LENGTH, CLASSES = 40, 10
@@ -23,8 +25,15 @@ class SignalBackbone(nn.Module):
         channels: Number of features.
 
     Attributes:
+        name: The model's name, once `make_signal_parts` has given it.
+        stride: Multiple that the length of a signal must be of: any will do that the layers take.
+        size_arguments: What timm was told of the input's size: nothing.
         frozen: Whether the backbone is inert.
     """
+
+    name = ""
+    stride = 1
+    size_arguments: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, layers: nn.Module, channels: int) -> None:
         super().__init__()
@@ -53,18 +62,31 @@ class SignalBackbone(nn.Module):
         return super().train(mode and not self.frozen)
 
 
+class LinearHead(nn.Linear):
+    """The last layer of a task on signals, from features (B, F) to outputs (B, C)."""
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Set the bias (C,), where training is to start."""
+        with torch.no_grad():
+            self.bias.copy_(bias)
+
+    def forward(self, features: Tensor, size: tuple[int, ...] = ()) -> Tensor:
+        """Return outputs (B, C). Unlike those of `mtl.models.heads.Head`, they have no `size`: they have no places."""
+        return super().forward(features)
+
+
 class SignalModel(nn.Module):
     """A backbone and a linear classifier on its features.
 
     Args:
         backbone: The features.
-        classes: Number C of classes.
+        head: The classifier.
     """
 
-    def __init__(self, backbone: SignalBackbone, classes: int) -> None:
+    def __init__(self, backbone: SignalBackbone, head: LinearHead) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.channels, classes)
+        self.head = head
 
     def forward(self, signal: Tensor) -> Tensor:
         """Return logits (B, C) for signals (B, 1, 40)."""
@@ -146,6 +168,38 @@ SIGNAL_MODELS: dict[str, Callable[[float], SignalBackbone]] = {
     "mnist1d_gru": _gru,
 }
 """The backbones, by the model's name: from the probability of dropout."""
+assert tuple(SIGNAL_MODELS) == SIGNAL_BACKBONES
+
+
+def make_signal_parts(
+    name: str, outputs: Mapping[str, int], dropout: float = 0.0
+) -> tuple[SignalBackbone, dict[str, LinearHead]]:
+    """Return a backbone, and for each task a head, as `make_signal_model` does for one.
+
+    Args:
+        name: One of `SIGNAL_MODELS`.
+        outputs: Number of outputs by task.
+        dropout: As for `make_signal_model`.
+
+    Raises:
+        UserError: There is no such model, or the probability is not in [0, 1).
+    """
+    if name not in SIGNAL_MODELS:
+        raise UserError(
+            f"--backbone: there is no model of signals {name!r}{nearest(name, SIGNAL_MODELS)}; choose one of "
+            f"{', '.join(SIGNAL_MODELS)}"
+        )
+    if not 0 <= dropout < 1:
+        raise UserError(f"--dropout {dropout:g}: it is the probability of a zero, at least 0 and less than 1")
+    backbone = SIGNAL_MODELS[name](dropout)
+    backbone.name = name
+    heads = {task: LinearHead(backbone.channels, channels) for task, channels in outputs.items()}
+    if name == "mnist1d_mlp_2x200":
+        for layer in nn.ModuleList([backbone, *heads.values()]).modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+    return backbone, heads
 
 
 def make_signal_model(name: str, dropout: float = 0.0, *, classes: int = CLASSES) -> SignalModel:
@@ -170,17 +224,5 @@ def make_signal_model(name: str, dropout: float = 0.0, *, classes: int = CLASSES
     Raises:
         UserError: There is no such model, or the probability is not in [0, 1).
     """
-    if name not in SIGNAL_MODELS:
-        raise UserError(
-            f"--backbone: there is no model of signals {name!r}{nearest(name, SIGNAL_MODELS)}; choose one of "
-            f"{', '.join(SIGNAL_MODELS)}"
-        )
-    if not 0 <= dropout < 1:
-        raise UserError(f"--dropout {dropout:g}: it is the probability of a zero, at least 0 and less than 1")
-    model = SignalModel(SIGNAL_MODELS[name](dropout), classes)
-    if name == "mnist1d_mlp_2x200":
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-    return model
+    backbone, heads = make_signal_parts(name, {"classes": classes}, dropout)
+    return SignalModel(backbone, heads["classes"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 
-from mtl.data.sample import TARGETS, Batch, DepthConvention
+from mtl.data.sample import ALL_TARGETS, Batch, DepthConvention
 from mtl.errors import UserError
 
 Likelihood = Literal["gaussian", "laplace", "categorical"]
@@ -127,13 +127,17 @@ class Task(nn.Module, ABC):
             batch: As the loss is given it; a target whose key is absent has no valid pixel.
         """
         if self.target in batch:
-            return (batch[self.target] != TARGETS[self.target].invalid).any()
+            return (batch[self.target] != ALL_TARGETS[self.target].invalid).any()
         device = next((tensor.device for tensor in batch.values()), None)
         return torch.zeros((), dtype=torch.bool, device=device)
 
     @abstractmethod
     def predict(self, outputs: Tensor) -> Tensor:
         """Turn the head's outputs into the prediction in the target's own form and unit, each pixel by itself."""
+
+    def measurable(self, outputs: Tensor) -> Tensor:
+        """Return what `metrics` are computed from: the prediction, or what says more, such as its probabilities."""
+        return self.predict(outputs)
 
     def soft(self, outputs: Tensor) -> Tensor:
         """Return what predictions of several views or models are averaged in: floats, (B, H, W) or (B, C, H, W).
@@ -180,7 +184,7 @@ class Task(nn.Module, ABC):
     def metrics(self) -> Metric:
         """Return a fresh metric.
 
-        ``update(prediction, target)`` takes a result of `predict` and the batch's target; ``compute()``
+        ``update(prediction, target)`` takes a result of `predict` or `measurable` and the batch's target; ``compute()``
         returns a dictionary from name (without the task's prefix) to scalar tensor.
         """
 

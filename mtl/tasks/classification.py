@@ -109,15 +109,13 @@ class Classification(Task):
             return no_labels(outputs)
         return cross_entropy(outputs, batch[self.target].long(), label_smoothing=self.label_smoothing)
 
-    def labelled(self, batch: Batch) -> Tensor:
-        """Return whether any sample of a batch has a label: a boolean scalar on the batch's device."""
-        if self.target in batch:
-            return (batch[self.target] != IGNORE_INDEX).any()
-        return super().labelled(batch)
-
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the likeliest class of each sample, (B,) int64."""
         return outputs.argmax(dim=1)
+
+    def measurable(self, outputs: Tensor) -> Tensor:
+        """Return the classes' probabilities, which cross-entropy needs."""
+        return self.soft(outputs)
 
     def soft(self, outputs: Tensor) -> Tensor:
         """Return the classes' probabilities, (B, C), in single precision at least."""

@@ -13,7 +13,7 @@ from mtl.data.loading import Key, Samples
 from mtl.plugins import in_plugin_of
 from mtl.tasks.base import Panel
 from mtl.training.module import MultiTaskModule
-from mtl.training.pictures import Panels, channels_last, draw_predictions
+from mtl.training.pictures import Panels, draw_predictions, input_pictures
 from mtl.training.tracking import log_predictions
 
 PICTURES = 4
@@ -57,7 +57,7 @@ def predict_panels(module: MultiTaskModule, samples: Samples) -> tuple[Panels, d
     batch = module.on_after_batch_transfer({name: v.to(module.device) for name, v in stored.items()}, 0)
     with torch.no_grad():
         predictions = module.predictions(batch)
-    panels: Panels = {"input": Panel(channels_last(stored["image"].cpu()))}
+    panels: Panels = {"input": Panel(input_pictures(stored))}
     targets = {task.name: batch[task.target] for task in module.each_task()}
     for task in module.each_task():
         with in_plugin_of(task, "pictures"):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -12,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn import functional
 
+from mtl.data.sample import Batch
 from mtl.figures import save
 from mtl.tasks.base import Panel, Scale, Task
 from mtl.tasks.colours import class_colours
@@ -29,6 +32,9 @@ _AREA, _WIDEST, _HIGHEST, _THINNEST = 6.0, 8.0, 5.0, 0.1
 
 _SLOT, _GAP, _TITLE, _BAR, _ENTRY = 2.0, 0.06, 0.22, 0.42, 0.17
 """Inches: the least width for a title, between pictures, and heights of a title, a scale and a line of the legend."""
+
+_CURVE, _RANGE = 8, 6.0
+"""Columns of a signal's picture for each of its values, and the largest value in it."""
 
 
 def draw_predictions(
@@ -124,6 +130,30 @@ def draw_rows(path: Path, rows: Mapping[str, Sequence[np.ndarray]]) -> None:
 def channels_last(images: Tensor) -> np.ndarray:
     """Return images (B, 3, H, W) as pictures (B, H, W, 3)."""
     return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def draw_signals(signals: Tensor) -> np.ndarray:
+    """Return the curves of standardised signals (B, 1, T) as pictures (B, H, W, 3) uint8, all on one fixed scale."""
+    curves = functional.interpolate(signals.float(), scale_factor=_CURVE, mode="linear", align_corners=True)[:, 0]
+    height = curves.shape[1] // 2
+    rows = (0.5 - curves.numpy() / (2 * _RANGE)) * (height - 1)
+    following = np.concatenate([rows[:, 1:], rows[:, -1:]], axis=1)
+    top, bottom = np.minimum(rows, following) - 1, np.maximum(rows, following) + 1
+    places = np.arange(height)[:, None]
+    inked = (places >= top[:, None]) & (places <= bottom[:, None])
+    return np.where(inked[..., None], 0, 255).astype(np.uint8).repeat(3, axis=-1)
+
+
+def input_pictures(batch: Batch) -> np.ndarray:
+    """Return what models are given as pictures (B, H, W, 3) uint8.
+
+    Args:
+        batch: With `image`, bytes or floats in [0, 1], or with `signal`.
+    """
+    if "signal" in batch:
+        return draw_signals(batch["signal"].cpu())
+    image = batch["image"].cpu()
+    return channels_last((image * 255).round().to(torch.uint8) if image.is_floating_point() else image)
 
 
 def overlay(images: np.ndarray, drawn: np.ndarray) -> np.ndarray:

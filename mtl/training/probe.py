@@ -180,7 +180,7 @@ class OnlineProbe(Callback):
         self._epochs = finished
 
     def _record(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, MultiTaskModule)
+        assert isinstance(pl_module, MultiTaskModule) and isinstance(pl_module.model.backbone, Backbone)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step

@@ -55,11 +55,16 @@ def log_predictions(
     targets: Mapping[str, Tensor],
     step: int,
 ) -> None:
-    """Log the pictures: classes as masks over the image, everything else as drawn."""
+    """Log the pictures: maps of classes as masks over the image, a class in words, everything else as drawn."""
     images = panels["input"].images
     content: dict[str, list[wandb.Image]] = {}
     for task in tasks:
-        if task.class_names:
+        if task.target == "label":
+            content[f"{task.name}/predictions"] = [
+                wandb.Image(image, caption=f"{_class(task, targets, row)}, predicted {_class(task, predictions, row)}")
+                for row, image in enumerate(images)
+            ]
+        elif task.class_names:
             names = {**dict(enumerate(task.class_names)), IGNORE_INDEX: "unlabelled"}
             content[f"{task.name}/predictions"] = [
                 wandb.Image(
@@ -91,6 +96,11 @@ def _caption(title: str, panel: Panel) -> str:
     if panel.scale is None:
         return title
     return f"{title}, {panel.scale.low:.3g} to {panel.scale.high:.3g} {panel.scale.unit}".rstrip()
+
+
+def _class(task: Task, classes: Mapping[str, Tensor], row: int) -> str:
+    index = int(classes[task.name][row])
+    return "unlabelled" if index == IGNORE_INDEX else task.class_names[index]
 
 
 def _mask(classes: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mtl.models.backbone import Backbone
+from mtl.models.signals import SignalBackbone
 from mtl.transfer.layers import find_layers, full_model, timm_name
 
 
@@ -27,7 +28,7 @@ def parameter_groups(
     classifier is its last layer. The layers are timm's own.
 
     Args:
-        module: What learns, with a `Backbone` somewhere in it.
+        module: What learns, with a `Backbone` or a `SignalBackbone` somewhere in it.
         weight_decay: Decay of weights.
         lr: Learning rate of all that is not the backbone.
         backbone_lr: Learning rate of the backbone; None is `lr`.
@@ -41,14 +42,14 @@ def parameter_groups(
     Raises:
         UserError: `layer_decay` is given, and timm does not say which layers the backbone has.
     """
-    backbone = next((m for m in module.modules() if isinstance(m, Backbone)), None)
+    backbone = next((m for m in module.modules() if isinstance(m, Backbone | SignalBackbone)), None)
     if backbone is None or (backbone_lr is None and layer_decay is None):
         places = {"all": (lr, list(module.parameters()))}
     else:
         inside = {id(p) for p in backbone.parameters()}
         places = {"heads": (lr, [p for p in module.parameters() if id(p) not in inside])}
         places |= _backbone_places(backbone, lr if backbone_lr is None else backbone_lr, layer_decay)
-    undecayed = set() if backbone is None else _undecayed(backbone)
+    undecayed = _undecayed(backbone) if isinstance(backbone, Backbone) else set()
     groups = []
     for name, (rate, parameters) in places.items():
         learning = [p for p in parameters if p.requires_grad]
@@ -60,10 +61,10 @@ def parameter_groups(
 
 
 def _backbone_places(
-    backbone: Backbone, lr: float, layer_decay: float | None
+    backbone: Backbone | SignalBackbone, lr: float, layer_decay: float | None
 ) -> dict[str, tuple[float, list[nn.Parameter]]]:
     """Return the learning rate and the parameters of the backbone's parts, from the stem on."""
-    if layer_decay is None:
+    if layer_decay is None or isinstance(backbone, SignalBackbone):
         return {"backbone": (lr, list(backbone.parameters()))}
     layers = find_layers(backbone.name, backbone.encoder)
     count = 1 + max(layers.values())

@@ -23,6 +23,7 @@ from mtl.errors import UserError, nearest
 from mtl.files import write_whole
 from mtl.models.backbone import Backbone
 from mtl.models.multitask import MultiTaskModel
+from mtl.models.signals import SignalBackbone
 from mtl.transfer.layers import full_model, timm_name
 from mtl.transfer.lora import merge, merged_state
 
@@ -77,7 +78,7 @@ def initialise(model: MultiTaskModel, init: str) -> Report:
     backbone = model.backbone
     if init == "none":
         return Report("random", new_heads=list(model.parts))
-    if init == "imagenet":
+    if init == "imagenet" and isinstance(backbone, Backbone):
         report = Report(f"timm's pretrained {backbone.name}", new_heads=list(model.parts))
         return _load_timm(backbone, _download(backbone), report)
     if init == "shipped":
@@ -102,7 +103,12 @@ def initialise(model: MultiTaskModel, init: str) -> Report:
             f"use --backbone {metadata['backbone']} or other weights"
         )
     if "experiment" in metadata:
-        return _load_own(model, state, report)
+        return _load_own(model, state, report, metadata["experiment"])
+    if isinstance(backbone, SignalBackbone):
+        raise UserError(
+            f"--init {init} is neither a run nor a checkpoint of one, which {backbone.name} can start from; give one, "
+            "or none"
+        )
     for name in ("mean", "std"):
         if name in metadata:
             getattr(backbone, name).copy_(torch.tensor(metadata[name]).view(1, 3, 1, 1))
@@ -338,7 +344,9 @@ def _fit_shapes(backbone: Backbone, state: dict[str, Tensor], report: Report) ->
     return fitted
 
 
-def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report) -> Report:
+def _load_own(
+    model: MultiTaskModel, state: dict[str, Tensor], report: Report, experiment: Mapping[str, Any]
+) -> Report:
     """Load a checkpoint of this package: the backbone, its adapters merged, and the heads of tasks that both have."""
     prefix = "model.backbone."
     backbone = merge({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
@@ -355,6 +363,8 @@ def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report) -
         prefix = f"model.{inside}."
         kept = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
         own = head.state_dict()
+        if task == "masked" and experiment.get("mask", {}).get("target") != head.target:
+            continue  # of the same shape, and it predicts something else
         if kept.keys() == own.keys() and all(kept[n].shape == own[n].shape for n in own):
             head.load_state_dict(kept)
             report.heads.append(task)

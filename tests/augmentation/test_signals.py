@@ -11,7 +11,7 @@ from mtl.augmentation.signals import SignalAugmentation, circular_shift
 from mtl.data.sample import Batch
 from mtl.errors import UserError
 
-FULL = {"shift": True, "scale": 0.2, "noise": 0.1}
+FULL = {"shift": 1.0, "scale": 0.2, "noise": 0.1}
 
 
 def batch(count: int = 6, epoch: int = 2) -> Batch:
@@ -25,7 +25,7 @@ def ramps(count: int, epoch: int = 0) -> Batch:
     return {**batch(count, epoch), "signal": torch.arange(1.0, 41).repeat(count, 1, 1)}
 
 
-def changed(given: Batch, seed: int = 0, *, shift: bool = False, scale: float = 0.0, noise: float = 0.0) -> Tensor:
+def changed(given: Batch, seed: int = 0, *, shift: float = 0.0, scale: float = 0.0, noise: float = 0.0) -> Tensor:
     return SignalAugmentation(seed, shift=shift, scale=scale, noise=noise)(given)["signal"]
 
 
@@ -55,6 +55,19 @@ class TestWhose:
 
 
 class TestShift:
+    def test_a_share_of_the_signals_shifts_as_all_would_and_the_others_stay(self) -> None:
+        given = ramps(400)["signal"]
+        every, half = changed(ramps(400), shift=1.0), changed(ramps(400), shift=0.5)
+        moved = (half != given).flatten(1).any(1)
+        assert torch.equal(half[moved], every[moved])
+        # Of half of them, one in forty is shifted by nothing; the standard deviation is 0.025.
+        assert moved.double().mean() == pytest.approx(0.5 * 39 / 40, abs=0.1)
+
+    @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+    def test_a_share_is_one(self, share: float) -> None:
+        with pytest.raises(UserError, match="of the signals are to be shifted"):
+            SignalAugmentation(0, shift=share)
+
     @given(st.lists(st.integers(0, 39), min_size=1, max_size=5), st.integers(1, 3))
     @settings(max_examples=30, deadline=None)
     def test_is_a_roll(self, places: list[int], channels: int) -> None:

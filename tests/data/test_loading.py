@@ -287,7 +287,7 @@ class TestSamples:
     def test_what_is_said_to_fit_in_memory_is_what_it_takes(self) -> None:
         stored = make().stored
         taken = sum(values.nbytes for values in stored.values())
-        assert taken == bytes_in_memory((8, 12), ("segmentation", "depth"), 23)
+        assert taken == bytes_in_memory((8, 12), ("segmentation", "depth"), 23, Numbers.info)
         assert {name: values.dtype for name, values in stored.items() if name in TARGETS} == {
             "segmentation": torch.uint8,
             "depth": torch.float16,
