@@ -89,6 +89,7 @@ class AveragedWeights(Callback):
             return
         self._swap(pl_module)
         if self.inputs is not None and isinstance(self.average, StochasticAverage) and self.average.n_averaged > 0:
+            assert isinstance(pl_module, MultiTaskModule)
             reestimate(pl_module.model, self.inputs())
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -190,6 +191,10 @@ class ResumePoint(Checkpoint):
         self.path, self.every, self.history = path, every, history
         self._generators: dict[str, Any] | None = None
         self._saved = -1
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save nothing before the first step: of gradients half accumulated a checkpoint knows nothing."""
+        self._saved = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any, **kwargs: Any

@@ -69,6 +69,11 @@ VARIANTS = {
         *("--task", "depth", "masked", "--data.size", "64", "64", "--max-steps", "16", "--checkpoint-every", "5"),
         *("--data.labels", "depth=6", "--data.labelled-share", "0.5", "--ema", "0.9", "--accumulate", "2"),
     ],
+    "regularized": [
+        *("--init", "shipped", "--max-steps", "16", "--checkpoint-every", "5", "--drop-path", "0.1", "--swa", "0.4"),
+        *("--regularize.l2-sp", "0.01", "--regularize.sam", "0.05", "--regularize.weight-noise", "0.001"),
+        *("--regularize.depth-jitter", "0.1", "--regularize.measure", "3"),
+    ],
     "validate": ["--max-steps", "16", "--checkpoint-every", "4", "--validate-every", "4"],
 }
 
