@@ -13,12 +13,12 @@ from mtl.files import write_whole
 from mtl.studies.comparison import Comparison
 from mtl.studies.figures import label
 from mtl.studies.jobs import Outcome, Result
-from mtl.studies.pretraining import LABELLED_SHARE, METHODS, OF_TUNING, Row, Setting, Teacher, other_domain
+from mtl.studies.pretraining import LABELLED_SHARE, METHODS, OF_TUNING, Method, Row, Setting, Teacher, other_domain
 from mtl.studies.tables import Cell, Column, Measure, Spread, Table
 from mtl.tasks.base import Task
 
-JUDGED, AGAINST = METHODS["masked-fine-tuned"], METHODS["scratch"]
-"""What the verdict is about, and what it is compared with."""
+JUDGED, AGAINST = ("masked-frozen", "masked-fine-tuned", "joint"), METHODS["scratch"]
+"""What the verdicts are about, and what that is compared with."""
 
 
 def report(comparison: Comparison, rows: Sequence[Row], tasks: Sequence[Task], setting: Setting, folder: Path) -> str:
@@ -54,50 +54,67 @@ def _main_tables(comparison: Comparison, rows: Sequence[Row]) -> Iterator[str]:
         yield table.markdown()
 
 
-def judge(new: Spread, old: Spread, higher_is_better: bool) -> str | None:
-    """Return what can be said of a difference of two means, in the words of a sentence, or None without a spread.
+def judge(difference: Spread, higher_is_better: bool) -> str | None:
+    """Return what can be said of the differences between two methods, in the words of a sentence.
 
-    The spread is the root of the sum of the two squared sample standard deviations, which is the standard deviation
-    of the difference between a run of the one and a run of the other.
+    A seed decides which images have labels and in which order they come, for both methods alike, and most of what
+    varies between seeds is that. So runs of the same seed are compared, and the spread is that of their differences.
 
     Args:
-        new: What is judged.
-        old: What it is compared with.
+        difference: The new method's metric less the old one's, over seeds.
         higher_is_better: The metric's direction.
+
+    Returns:
+        None where there is but one seed, and so no spread.
     """
-    difference, spread = new.mean - old.mean, math.hypot(new.deviation, old.deviation)
-    if math.isnan(spread):
+    if math.isnan(difference.deviation):
         return None
-    if abs(difference) <= spread:
+    if abs(difference.mean) <= difference.deviation:
         return "does not differ by more than the spread from"
-    return "beats" if (difference > 0) == higher_is_better else "is worse than"
+    return "beats" if (difference.mean > 0) == higher_is_better else "is worse than"
 
 
 def _verdicts(comparison: Comparison, rows: Sequence[Row]) -> str:
-    """Return a sentence for each task and number of labels, or nothing where the rows to compare are not there."""
+    """Return a sentence for each task, number of labels and masked method, or nothing where there is none."""
     lines = []
     for measure in (measure for measure in comparison.measures if measure.main):
         for count in sorted({row.labels for row in rows}):
-            spread = {row.method: comparison.spread(row, measure.name) for row in rows if row.labels == count}
-            new, old = spread.get(JUDGED), spread.get(AGAINST)
-            if new is not None and old is not None:
-                lines.append(f"- {measure.name}, {count} labels: {_sentence(new, old, measure)}\n")
+            having = {row.method: row for row in rows if row.labels == count}
+            for method in (METHODS[name] for name in JUDGED if METHODS[name] in having and AGAINST in having):
+                found = _differences(comparison, having[method], having[AGAINST], measure.name)
+                if (difference := Spread.of(found)) is not None:
+                    lines.append(f"- {measure.name}, {count} labels: {_sentence(method, difference, measure)}\n")
     if not lines:
         return ""
     return "".join(lines) + (
-        "\nThe spread of a difference is the root of the sum of both squared sample standard deviations: that of a run "
-        "of the one less a run of the other. What is within it may be gone with other seeds.\n"
+        "\nDifferences are between runs of the same seed, which have the same labels; their spread is their sample "
+        "standard deviation. What is within it may be gone with other seeds.\n"
     )
 
 
-def _sentence(new: Spread, old: Spread, measure: Measure) -> str:
+def _differences(comparison: Comparison, new: Row, old: Row, name: str) -> list[float]:
+    """Return by how much a metric of one row is greater than another's, for each seed that both have."""
+    found = []
+    for pair in zip(new.jobs, old.jobs, strict=True):
+        runs = [[outcome for job in jobs if isinstance(outcome := comparison.outcomes[job], Result)] for jobs in pair]
+        each = [{k: v for run in of_seed for k, v in comparison.held.metrics(run).items()} for of_seed in runs]
+        if all(name in metrics for metrics in each):
+            found.append(each[0][name] - each[1][name])
+    return found
+
+
+def _sentence(method: Method, difference: Spread, measure: Measure) -> str:
     """Return the verdict with its numbers."""
-    words = judge(new, old, measure.higher_is_better)
-    numbers = f"{new.mean:.4g} against {old.mean:.4g}, a difference of {new.mean - old.mean:+.3g}"
+    words = judge(difference, measure.higher_is_better)
     if words is None:
-        return f"whether *{JUDGED.label}* beats *{AGAINST.label}* cannot be told without several seeds: {numbers}."
-    spread = math.hypot(new.deviation, old.deviation)
-    return f"*{JUDGED.label}* **{words}** *{AGAINST.label}*: {numbers}, with a spread of {spread:.2g}."
+        return (
+            f"whether *{method.label}* beats *{AGAINST.label}* cannot be told without several seeds: a difference of "
+            f"{difference.mean:+.3g}."
+        )
+    return (
+        f"*{method.label}* **{words}** *{AGAINST.label}*: a difference of {difference.mean:+.3g} ± "
+        f"{difference.deviation:.2g}."
+    )
 
 
 def _notes(comparison: Comparison, rows: Sequence[Row], setting: Setting) -> list[str]:
