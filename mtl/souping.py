@@ -121,6 +121,7 @@ def _choose(
 
     def score(state: State) -> float:
         settle(state)
+        # A gain is one over the first run's constant prediction for all of them, so that they can be compared.
         return measure(module, validation, options)[options.monitor]
 
     def load(path: Path) -> State:
