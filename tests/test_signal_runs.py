@@ -31,7 +31,7 @@ PLAIN = ["--optimizer", "sgd", "--momentum", "0.9", "--lr", "0.05", "--schedule"
 
 def words(folder: Path, name: str, *more: str) -> list[str]:
     given = ["train", "--config", str(CONFIG), "--logger", "csv", "--output-dir", str(folder), "--name", name]
-    return [*given, "--data.workers", "0", "--max-steps", "5", "--validate-every", "5", *more]
+    return [*given, "--data.workers", "0", "--max-steps", "5", "--validate-every", "5", "--augment", "none", *more]
 
 
 def state(run: Path) -> dict[str, Tensor]:
@@ -67,11 +67,14 @@ class TestRun:
         signals, labels = load_mnist1d(None, split)
         logits = model(signals)
         accuracy = (logits.argmax(1) == labels).double().mean().item()
-        constant = (labels != torch.bincount(load_mnist1d(None, "train")[1][:500]).argmax()).double().mean().item()
+        # The constant prediction is the most frequent class of 512 training labels, spread evenly.
+        spread = np.linspace(0, 3499, 512).round().astype(int)
+        constant = torch.bincount(load_mnist1d(None, "train")[1][spread]).argmax()
+        gain = 1 - (1 - accuracy) / (labels != constant).double().mean().item()
         assert measured["classification/accuracy"] == pytest.approx(accuracy)
         assert measured["classification/error"] == pytest.approx(1 - accuracy)
         assert measured["classification/cross_entropy"] == pytest.approx(F.cross_entropy(logits, labels).item(), 1e-5)
-        assert measured["gain"] <= 1 and constant > 0.8
+        assert measured["gain"] == pytest.approx(gain, abs=1e-6)
 
     def test_learns_as_a_loop_in_plain_torch_does(self, trained: Path, tmp_path: Path) -> None:
         assert main(words(tmp_path, "next", "--init", str(trained), *PLAIN), program="train.py") == 0
@@ -184,7 +187,7 @@ class TestRefusals:
         [
             ("predict", ["picture.png"], "predict and export are for pictures"),
             ("export", [], "predict and export are for pictures"),
-            ("evaluate", ["--tta"], "takes signals"),
+            ("evaluate", ["--tta"], "signals, which have no other views"),
             ("evaluate", ["--data.name", "scenes"], "is for signals; add --data.name mnist1d"),
         ],
     )
@@ -237,7 +240,7 @@ class TestAugmentation:
         strengths = {"magnitude": 0.5, "noise": 0.4}
         halved = build_augmentation(validate({**base, "augment": "lecture", "augmentation": strengths}), info)
         assert (halved.shift, halved.scale, halved.noise) == (0.5, 0.1, 0.2)
-        none = build_augmentation(validate(base), info)
+        none = build_augmentation(validate({**base, "augment": "none"}), info)
         batch = {"signal": torch.randn(4, 1, 40), "draw": torch.zeros(4, 2, dtype=torch.int64)}
         assert torch.equal(none(batch)["signal"], batch["signal"])
 
@@ -281,8 +284,8 @@ class TestPictures:
 
 @pytest.mark.slow
 def test_the_shipped_configuration_reaches_the_published_accuracy(tmp_path: Path) -> None:
-    """Greydanus and Kobak give 94 %; their code run again 93.3 to 93.7 %, trained on all 4000 signals."""
+    """Greydanus and Kobak give 94 %; their code run again 93.3 to 93.7 %, without augmentation."""
     given = ["--config", str(CONFIG), "--logger", "csv", "--output-dir", str(tmp_path), "--name", "run"]
     assert main(["train", *given], program="train.py") == 0
     assert main(["evaluate", str(tmp_path / "run"), "--split", "test", "--json", str(tmp_path / "m.json")]) == 0
-    assert json.loads((tmp_path / "m.json").read_text())["classification/accuracy"] > 0.92
+    assert json.loads((tmp_path / "m.json").read_text())["classification/accuracy"] > 0.94
