@@ -74,8 +74,11 @@ class TestStructure:
     def test_head_is_linear_on_the_features(self, name: str) -> None:
         model = make_signal_model(name, classes=4)
         features = model.backbone(torch.randn(3, 1, 40))
-        assert features.shape == (3, model.backbone.channels) and type(model.head) is nn.Linear
-        assert model.head(features).shape == (3, 4)
+        assert features.shape == (3, model.backbone.channels)
+        model.head.set_bias(torch.tensor([0.0, 1.0, -1.0, 2.0]))
+        expected = features @ model.head.weight.T + torch.tensor([0.0, 1.0, -1.0, 2.0])
+        torch.testing.assert_close(model.head(features), expected)
+        assert expected.shape == (3, 4)
 
     def test_initial_weights_of_the_lecture_s_network(self) -> None:
         """Kaiming's uniform weights have the variance 2 / inputs."""
