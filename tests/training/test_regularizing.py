@@ -161,7 +161,7 @@ def test_sgd_with_l2_is_sgd_with_twice_the_weight_decay(kind: dict) -> None:
             optimizer.step()
     for one, other, before in zip(decayed.model.parameters(), penalized.model.parameters(), start, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-        if one.dim() > 1:
+        if one.dim() > 1:  # a bias behind units that are all off has no gradient
             assert not torch.equal(one, before)
     weights = counted_weights(penalized.regularizer._of[0]).values()
     last = penalized.terms["train/penalty/l2"]
