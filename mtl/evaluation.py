@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 
-from mtl.build import Surroundings, keep_samples, load_samples, make_loader, make_trainer, target_of
+from mtl.build import Split, Surroundings, keep_samples, load_samples, make_loader, make_trainer, target_of
 from mtl.config import Experiment, SourceOptions
 from mtl.data.loading import Samples
 from mtl.data.sample import DataInfo
@@ -49,7 +49,7 @@ def evaluate(
     run: Path,
     changes: Mapping[str, Any],
     surroundings: Surroundings,
-    split: Literal["validation", "test"] = "validation",
+    split: Split = "validation",
     combining: Combining = ALONE,
     pictures: Path | None = None,
 ) -> Outcome:
@@ -59,7 +59,8 @@ def evaluate(
         run: The run's folder.
         changes: Fields of the run's experiment to change, nested as in YAML, such as ``{"data": {"root": ...}}``.
         surroundings: Where.
-        split: Which samples: those held out from training, or the data set's official test split.
+        split: Which samples: those held out from training, the data set's official test split, or the training samples
+            with the labels that were learned from, as they are without augmentation.
         combining: What else answers, and how the answers become one.
         pictures: Where to draw whether the uncertainty is to be believed, which is measured too; None leaves it out.
 
@@ -72,6 +73,7 @@ def evaluate(
     if pictures is not None and experiment.devices > 1:
         raise UserError(f"--uncertainty is measured by one process; leave --devices {experiment.devices} out")
     samples = load_samples(experiment, split, surroundings, all_tasks=False)
+    samples.augment = None
     info, trained_on = samples.source.info, DataInfo(**checkpoint["data"])
     classes = {"segmentation", "label"} & set(info.targets) & {target_of(task) for task in experiment.task}
     if classes and tuple(info.classes) != tuple(trained_on.classes):

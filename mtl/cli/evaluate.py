@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mtl.ensembling.combine import Kind
     from mtl.ensembling.runs import Combining
 
-SPLITS = ("validation", "test", "out-of-bag")
+SPLITS = ("validation", "test", "train", "out-of-bag")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -75,8 +75,8 @@ class _Evaluate(Code, Together):
     split: Annotated[
         str,
         tyro.conf.arg(
-            help="validation, a data set's official test split, or out-of-bag: the training samples that runs with "
-            "--bootstrap have not drawn."
+            help="validation, a data set's official test split, train: the training samples without augmentation, or "
+            "out-of-bag: those that runs with --bootstrap have not drawn."
         ),
     ] = "validation"
     uncertainty: Annotated[

@@ -67,11 +67,7 @@ def read_study(
     own = kind(**{item.name: given.pop(item.name) for item in dataclasses.fields(kind)})
     plugins = [str(path) for path in registry.plugins.values()]
     experiment = validate(with_yaml_only(given, base) | {"needs_plugins": plugins})
-    if not own.seeds:
-        raise UserError("--seeds names none; give some, such as --seeds 0 1 2")
-    check_different("--seeds", own.seeds)
-    if min(own.seeds) < 0:
-        raise UserError(f"--seeds {min(own.seeds)} must not be negative")
+    check_seeds(own.seeds)
     if experiment.seed != 0:
         raise UserError(
             f"--seed {experiment.seed}: a study has several seeds; name them by --seeds, and leave this at 0"
@@ -79,6 +75,19 @@ def read_study(
     if own.jobs is not None and own.jobs < 1:
         raise UserError(f"--jobs {own.jobs} must be at least 1")
     return own, experiment
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that are none, named twice, or negative.
+
+    Raises:
+        UserError: They are.
+    """
+    if not seeds:
+        raise UserError("--seeds names none; give some, such as --seeds 0 1 2")
+    check_different("--seeds", seeds)
+    if min(seeds) < 0:
+        raise UserError(f"--seeds {min(seeds)} must not be negative")
 
 
 def check_different(flag: str, values: Sequence[object]) -> None:
@@ -102,13 +111,13 @@ def results_folder(experiment: Experiment, name: str) -> Path:
     if folder == runs:
         raise UserError(f"--name {RUNS}: {runs} is the folder of all studies' runs; choose another --name")
     for wanted in (folder, runs / "logs"):
-        _check_folder(wanted)
+        check_folder(wanted)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run's folder; choose another --name for the study")
     return folder
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path, other: str = _OTHER) -> None:
     """Refuse a folder that cannot be written to, or that cannot be made.
 
     Raises:
@@ -122,11 +131,11 @@ def _check_folder(folder: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             there = there.parent
         except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}); {_OTHER}") from None
+            raise UserError(f"{folder} cannot be made ({error.strerror}); {other}") from None
     if not there.is_dir():
-        raise UserError(f"{there} is no folder, and {folder} is to be one; move it away, or {_OTHER}")
+        raise UserError(f"{there} is no folder, and {folder} is to be one; move it away, or {other}")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there} cannot be written to, and the study writes to {folder}; {_OTHER}")
+        raise UserError(f"{there} cannot be written to, and the study writes to {folder}; {other}")
 
 
 def run_jobs(jobs: "Sequence[Job]", experiment: Experiment, count: int | None) -> "dict[Job, Outcome]":

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mtl import registry
-from mtl.cli.jobs import RUNS, Trainings, check_different, check_outcomes, read_study, results_folder, run_jobs
-from mtl.cli.surroundings import surroundings
-from mtl.cli.words import check_output, values_of_flag
+from mtl.cli.jobs import (
+    RUNS,
+    Trainings,
+    check_different,
+    check_folder,
+    check_outcomes,
+    check_seeds,
+    read_study,
+    results_folder,
+    run_jobs,
+)
+from mtl.cli.surroundings import count_cores, surroundings
+from mtl.cli.words import base_of, check_output, values_of_flag
 from mtl.config import DECODERS, Experiment
 from mtl.errors import UserError, nearest
 from mtl.files import write_whole
@@ -267,11 +277,139 @@ def _measure(
     check_outcomes(outcomes)
 
 
+_OTHER = "choose another --output-dir"
+
+
+@dataclasses.dataclass
+class _Lecture:
+    figures: Annotated[list[str], tyro.conf.arg(metavar="NAME ...", help="Which figures (none given: all).")] = (
+        dataclasses.field(default_factory=list)
+    )
+    output_dir: Annotated[Path, tyro.conf.arg(help="The folder to write to.")] = Path("runs/lecture")
+
+
+def _lecture(words: list[str], program: str) -> None:
+    """Draw the lecture's figures on regularization."""
+    flags = parse(_Lecture, None, words, program, STUDIES["lecture"][1])
+    check_different("--figures", flags.figures)
+    check_folder(flags.output_dir, _OTHER)
+    surroundings()
+    from mtl.studies.lecture import run
+
+    run(flags.output_dir, flags.figures)
+
+
+@dataclasses.dataclass
+class _Regularization:
+    techniques: Annotated[list[str], tyro.conf.arg(metavar="NAME ...", help="Which techniques (none given: all).")] = (
+        dataclasses.field(default_factory=list)
+    )
+    seeds: Annotated[list[int], tyro.conf.arg(help="The seeds, at least two.")] = dataclasses.field(
+        default_factory=lambda: [0, 1, 2, 3, 4]
+    )
+    root: Annotated[
+        Path | None, tyro.conf.arg(help="MNIST-1D's file, or its folder (none: the data are generated).")
+    ] = None
+    jobs: Annotated[
+        int | None, tyro.conf.arg(help="Trainings at a time, each of many networks (none: one a core).")
+    ] = None
+    output_dir: Annotated[Path, tyro.conf.arg(help="The folder to write to.")] = Path("runs/regularization")
+
+
+IMAGES_QUICK: dict[str, Any] = QUICK | {"max_steps": 100, "validate_every": 100, "data": {"size": (64, 64)}}
+"""What --quick makes of the trainings with and without regularization."""
+
+FEW_ROOMS = 64
+"""Training samples of rendered rooms in the quick form, few enough to be learned by heart."""
+
+
+@dataclasses.dataclass
+class _RegularizationOfImages(Trainings):
+    techniques: Annotated[
+        list[str],
+        tyro.conf.arg(
+            metavar="NAME ...", help="Which techniques (none given: all, with --quick one strength of the usual ones)."
+        ),
+    ] = dataclasses.field(default_factory=list)
+
+
+OF_REGULARIZATION = (
+    *("init", "freeze", "freeze-stages", "unfreeze-at", "lora", "backbone-lr", "layer-decay", "dropout", "drop-path"),
+    *("augment", "weight-decay", "ema", "swa", "snapshots", "bootstrap", "patience", "validate-every", "monitor"),
+    *("segmentation.label-smoothing", "mask", "regularize", "augmentation"),
+)
+"""Flags, and groups of flags, that the study of regularization decides for each row."""
+
+
+def _regularization_of_images(words: list[str], program: str) -> None:
+    """Train an experiment with and without each technique."""
+    for word in words:
+        flag = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        names = {name for name in OF_REGULARIZATION if flag in (name, f"no-{name}") or flag.startswith(f"{name}.")}
+        if word.startswith("--") and names:
+            raise UserError(f"--{flag}: this study decides what regularizes, row by row, by --techniques; leave it out")
+    quick = IMAGES_QUICK
+    if base_of(words).data.name == "scenes":
+        quick = quick | {"data": quick["data"] | {"train_samples": FEW_ROOMS}}
+    flags, experiment = read_study(_RegularizationOfImages, quick, words, program, STUDIES["regularization"][1])
+    check_different("--techniques", flags.techniques)
+    if experiment.signals:
+        raise UserError(
+            f"--config {flags.config}: this study trains MNIST-1D by the lecture's own recipe; leave --config out"
+        )
+    if "masked" in experiment.task:
+        raise UserError("--task masked: this study learns it by itself where it is wanted; name tasks with labels")
+    if len(flags.seeds) < 2:
+        raise UserError(f"--seeds {flags.seeds[0]}: a single seed has no spread to judge by; give at least two")
+    here = surroundings()
+    from mtl.build import load_samples
+    from mtl.studies.comparison import check_entries, jobs_of, prepare
+    from mtl.studies.regularization.images import choose, plain, plan, report, variants
+
+    folder = results_folder(experiment, "regularization")
+    chosen = choose(variants(experiment), flags.techniques, flags.quick)
+    base = plain(experiment, here)
+    tasks, held = prepare(base, here)
+    rows = plan(base, chosen, flags.seeds, held, experiment.output_dir / RUNS)
+    check_entries(rows, here)
+    outcomes = run_jobs(jobs_of(rows), experiment, flags.jobs)
+    samples = len(load_samples(base, "train", here))
+    print("\n" + report(rows, outcomes, tasks, base, held, samples, folder))
+    print(f"written to {folder}: table.md  table.csv  picture.png  report.html")
+    check_outcomes(outcomes)
+
+
+def _regularization(words: list[str], program: str) -> None:
+    """Measure what each technique does to training and test error: on MNIST-1D, or on the pictures of a --config."""
+    if values_of_flag(words, "--config"):
+        _regularization_of_images(words, program)
+        return
+    description = f"{STUDIES['regularization'][1]} On MNIST-1D; with --config, on its pictures, by flags of train."
+    flags = parse(_Regularization, None, words, program, description)
+    check_different("--techniques", flags.techniques)
+    check_seeds(flags.seeds)
+    if len(flags.seeds) < 2:
+        raise UserError(f"--seeds {flags.seeds[0]}: a single seed has no spread to judge by; give at least two")
+    if flags.jobs is not None and flags.jobs < 1:
+        raise UserError(f"--jobs {flags.jobs} must be at least 1")
+    check_folder(flags.output_dir, _OTHER)
+    if (flags.output_dir / "config.yaml").exists():
+        raise UserError(f"{flags.output_dir} is a run's folder; choose another --output-dir for the study")
+    surroundings()
+    from mtl.studies.regularization.signals import check_names, run
+
+    check_names(flags.techniques)
+    print("\n" + run(flags.output_dir, flags.techniques, flags.seeds, flags.root, flags.jobs or count_cores(), print))
+    print(f"written to {flags.output_dir}: table.md  table.csv  picture.png  report.html")
+
+
 STUDIES: dict[str, tuple[Callable[[list[str], str], None], str]] = {
     "backbones": (_backbones, "Try which timm backbones train with which decoders, and why the others do not."),
     "tasks": (_tasks, "Train each task alone and all together, under several weighting rules, and compare."),
     "loss-weights": (_loss_weights, "Sweep the ratio of two tasks' loss weights, and draw the trade-off."),
     "pretraining": (_pretraining, "Learn from few labels, from scratch and after masked pretraining, and compare."),
+    "lecture": (_lecture, "Draw the lecture's figures on regularization anew, each with its numbers."),
+    "regularization": (_regularization, "Measure what each way of regularizing does to training and test error."),
 }
 """Each study's function and what it does."""
 
@@ -281,7 +419,7 @@ def run(words: list[str], program: str, description: str) -> None:
     name, *rest = words or ["--help"]
     if name in ("-h", "--help"):
         print(f"usage: {program} {{{','.join(STUDIES)}}} [-h] [OPTIONS]\n\n{description}\n")
-        print("\n".join(f"  {name:12} {what}" for name, (_, what) in STUDIES.items()))
+        print("\n".join(f"  {name:14} {what}" for name, (_, what) in STUDIES.items()))
     elif name not in STUDIES:
         raise UserError(f"{name!r} is no study{nearest(name, STUDIES)}; there are {', '.join(STUDIES)}")
     else:

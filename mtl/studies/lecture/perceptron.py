@@ -27,14 +27,9 @@ class Perceptrons:
 
     def __init__(self, widths: Sequence[int], seeds: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.weights, self.biases = [], []
-        for inputs, outputs in pairwise(widths):
-            bound = math.sqrt(6 / inputs)
-            each = [
-                torch.rand(inputs, outputs, generator=generator, dtype=torch.float64) for generator in self._generators
-            ]
-            self.weights.append(((2 * torch.stack(each) - 1) * bound).to(dtype).requires_grad_())
-            self.biases.append(torch.zeros(len(seeds), 1, outputs, dtype=dtype, requires_grad=True))
+        drawn = [he_weights(inputs, outputs, self._generators) for inputs, outputs in pairwise(widths)]
+        self.weights = [weight.to(dtype).requires_grad_() for weight in drawn]
+        self.biases = [torch.zeros_like(weight[:, :1], requires_grad=True) for weight in self.weights]
 
     def __call__(self, signals: Tensor) -> Tensor:
         """Return logits (S, N, classes) of signals (S, N, features)."""
@@ -74,3 +69,9 @@ class Perceptrons:
         with torch.no_grad():
             found = self(signals.expand(len(self._generators), *signals.shape[-2:])).argmax(-1)
         return 100 * (found != labels).double().mean(-1)
+
+
+def he_weights(inputs: int, outputs: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return He's uniform weights (S, inputs, outputs) float64 of a layer, each network's from its own generator."""
+    each = [torch.rand(inputs, outputs, generator=generator, dtype=torch.float64) for generator in generators]
+    return (2 * torch.stack(each) - 1) * math.sqrt(6 / inputs)
