@@ -344,9 +344,7 @@ def _fit_shapes(backbone: Backbone, state: dict[str, Tensor], report: Report) ->
     return fitted
 
 
-def _load_own(
-    model: MultiTaskModel, state: dict[str, Tensor], report: Report, experiment: Mapping[str, Any]
-) -> Report:
+def _load_own(model: MultiTaskModel, state: dict[str, Tensor], report: Report, experiment: Mapping[str, Any]) -> Report:
     """Load a checkpoint of this package: the backbone, its adapters merged, and the heads of tasks that both have."""
     prefix = "model.backbone."
     backbone = merge({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})

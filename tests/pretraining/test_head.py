@@ -13,9 +13,9 @@ from mtl.augmentation.draws import Draws
 from mtl.config import MaskOptions
 from mtl.errors import UserError
 from mtl.models.backbone import Backbone
+from mtl.models.statistics import kept_statistics
 from mtl.pretraining.head import MaskedHead
 from mtl.pretraining.masks import draw_masks
-from mtl.models.statistics import kept_statistics
 from mtl.pretraining.targets import hidden_loss, patch_target, patchify
 from mtl.transfer.lora import add_lora
 
