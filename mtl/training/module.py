@@ -147,7 +147,9 @@ class MultiTaskModule(lightning.LightningModule):
         made = {}
         for task in self.each_task():
             if task.name in outputs:
-                with in_plugin_of(task, method):
+                # What a task measures is what it predicts, unless it says otherwise.
+                inherited = getattr(type(task), method) is Task.measurable
+                with in_plugin_of(task, "predict" if inherited else method):
                     made[task.name] = getattr(task, method)(outputs[task.name])
         return made
 
