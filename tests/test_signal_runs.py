@@ -76,6 +76,22 @@ class TestRun:
         assert measured["classification/cross_entropy"] == pytest.approx(F.cross_entropy(logits, labels).item(), 1e-5)
         assert measured["gain"] == pytest.approx(gain, abs=1e-6)
 
+    def test_several_are_measured_by_their_mean_probabilities(self, trained: Path, tmp_path: Path) -> None:
+        assert main(words(tmp_path, "other", "--seed", "1"), program="train.py") == 0
+        file = tmp_path / "metrics.json"
+        both = [trained, tmp_path / "other"]
+        assert main(["evaluate", *map(str, both), "--split", "test", "--json", str(file)]) == 0
+        signals, labels = load_mnist1d(None, "test")
+        parts = []
+        for run in both:
+            model = make_signal_model("mnist1d_cnn").eval()
+            model.load_state_dict(state(run))
+            parts.append(model(signals).softmax(1))
+        mean = torch.stack(parts).mean(0)
+        measured = json.loads(file.read_text())
+        assert measured["classification/cross_entropy"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), 1e-5)
+        assert measured["classification/accuracy"] == pytest.approx((mean.argmax(1) == labels).double().mean().item())
+
     def test_learns_as_a_loop_in_plain_torch_does(self, trained: Path, tmp_path: Path) -> None:
         assert main(words(tmp_path, "next", "--init", str(trained), *PLAIN), program="train.py") == 0
         model = make_signal_model("mnist1d_cnn")

@@ -2,8 +2,8 @@
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -78,6 +78,7 @@ class Task(nn.Module, ABC):
         likelihood: What the loss is the negative logarithm of. The default is a guess for a loss of which nothing is
             known: it is right for squares, weighs a cross-entropy as it should be once s has settled, and is wrong by
             a factor of two at most.
+        metrics_from: What the metrics are updated with: results of `predict`, or of `soft`, which say more.
     """
 
     name: ClassVar[str]
@@ -86,6 +87,7 @@ class Task(nn.Module, ABC):
     higher_is_better: ClassVar[dict[str, bool]]
     class_names: tuple[str, ...] = ()
     likelihood: Likelihood = "gaussian"
+    metrics_from: ClassVar[Literal["predict", "soft"]] = "predict"
 
     @property
     @abstractmethod
@@ -135,10 +137,6 @@ class Task(nn.Module, ABC):
     def predict(self, outputs: Tensor) -> Tensor:
         """Turn the head's outputs into the prediction in the target's own form and unit, each pixel by itself."""
 
-    def measurable(self, outputs: Tensor) -> Tensor:
-        """Return what `metrics` are computed from: the prediction, or what says more, such as its probabilities."""
-        return self.predict(outputs)
-
     def soft(self, outputs: Tensor) -> Tensor:
         """Return what predictions of several views or models are averaged in: floats, (B, H, W) or (B, C, H, W).
 
@@ -184,7 +182,7 @@ class Task(nn.Module, ABC):
     def metrics(self) -> Metric:
         """Return a fresh metric.
 
-        ``update(prediction, target)`` takes a result of `predict` or `measurable` and the batch's target; ``compute()``
+        ``update(prediction, target)`` takes a result of what `metrics_from` names and the batch's target; ``compute()``
         returns a dictionary from name (without the task's prefix) to scalar tensor.
         """
 
@@ -299,3 +297,20 @@ def no_labels(outputs: Tensor) -> Tensor:
 def most_precise(device: torch.device) -> torch.dtype:
     """Return the most precise floating-point type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class SumsMetric(Metric):
+    """A metric whose states are sums of numbers, float64 (float32 on MPS, which has no float64).
+
+    The sums stay on the device, so that an update does not wait for it, and a module's `.to` moves them but does not
+    round them, where training in half precision would.
+    """
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> nn.Module:
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.zeros(1, device=tensor.device)).device
+            return tensor.to(device, most_precise(device))
+
+        return super()._apply(move, exclude_state)

@@ -7,11 +7,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, Task, no_labels
+from mtl.tasks.base import Panel, SumsMetric, Task, most_precise, no_labels
 from mtl.tasks.colours import class_colours
 from mtl.tasks.segmentation import PRIOR_SMOOTHING, cross_entropy
 
@@ -39,6 +38,7 @@ class Classification(Task):
 
     name = "classification"
     target = "label"
+    metrics_from = "soft"
     main_metric = "accuracy"
     higher_is_better: ClassVar[dict[str, bool]] = {"accuracy": True, "error": False, "cross_entropy": False}
     likelihood = "categorical"
@@ -113,10 +113,6 @@ class Classification(Task):
         """Return the likeliest class of each sample, (B,) int64."""
         return outputs.argmax(dim=1)
 
-    def measurable(self, outputs: Tensor) -> Tensor:
-        """Return the classes' probabilities, which cross-entropy needs."""
-        return self.soft(outputs)
-
     def soft(self, outputs: Tensor) -> Tensor:
         """Return the classes' probabilities, (B, C), in single precision at least."""
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).softmax(dim=1)
@@ -179,7 +175,7 @@ _RIGHT = np.array([128, 128, 128], dtype=np.uint8)
 _WRONG = np.array([213, 94, 0], dtype=np.uint8)
 
 
-class ClassificationMetric(Metric):
+class ClassificationMetric(SumsMetric):
     """How often, and with what confidence, labelled samples get their class.
 
     =============== ==================================================================================
@@ -192,7 +188,6 @@ class ClassificationMetric(Metric):
     probability of 0 counts as the smallest positive number, 2^-126. Without a labelled sample everything is NaN.
     """
 
-    full_state_update = False
     right: Tensor
     count: Tensor
     surprise: Tensor
@@ -203,7 +198,7 @@ class ClassificationMetric(Metric):
         super().__init__()
         self.add_state("right", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("surprise", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("surprise", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("rated", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
@@ -218,7 +213,7 @@ class ClassificationMetric(Metric):
         target = torch.where(known, target.long(), 0)
         if prediction.dim() == 2:
             own = prediction.gather(1, target[:, None])[:, 0].clamp(min=math.ldexp(1, -126))
-            self.surprise += torch.where(known, -own.log(), 0).sum()
+            self.surprise += torch.where(known, -own.log(), 0).sum(dtype=most_precise(target.device))
             self.rated += known.sum()
             prediction = prediction.argmax(dim=1)
         self.right += ((prediction == target) & known).sum()

@@ -4,14 +4,13 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from mtl.config import DepthOptions
 from mtl.data.sample import Batch, DataInfo, DepthConvention
@@ -19,6 +18,7 @@ from mtl.errors import UserError
 from mtl.tasks.base import (
     Panel,
     Scale,
+    SumsMetric,
     Task,
     largest_over_ranks,
     local_mean,
@@ -305,7 +305,7 @@ def gradient_loss(prediction: Tensor, target: Tensor, valid: Tensor, scales: int
     return pooled_mean(torch.stack(totals), torch.stack(counts)).sum()
 
 
-class DepthMetric(Metric):
+class DepthMetric(SumsMetric):
     """The usual depth metrics over labelled pixels, for prediction p and label t in metres.
 
     ============================ ==========================================================================
@@ -327,14 +327,10 @@ class DepthMetric(Metric):
     crop "eigen" is rows 45 to 470, columns 41 to 600 of 480 x 640 (`EIGEN_CROP`), scaled to the map's size,
     where a pixel belongs to it if its centre does; it makes sense for maps that show NYUv2's whole picture.
 
-    Sums are float64 (float32 on MPS, which has no float64) and stay on the device: an update does not wait
-    for it.
-
     Args:
         options: Caps and crop.
     """
 
-    full_state_update = False
     pixel_sums: Tensor
     image_sums: Tensor
 
@@ -354,11 +350,7 @@ class DepthMetric(Metric):
             target: Depth (B, 1, H, W) in metres; 0 where unlabelled.
         """
         low, high = self.options.min_depth, self.options.max_depth
-        valid = target > low
-        if high is not None:
-            valid = valid & (target < high)
-        if self.options.crop == "eigen":
-            valid = valid & eigen_crop(target.shape[-2], target.shape[-1], target.device)
+        valid = scored(target, self.options)
         dtype = most_precise(target.device)
         # Where nothing is known both are 1, and every error below is 0.
         p = torch.where(valid, prediction.to(dtype).clamp(low, high), 1)
@@ -387,15 +379,6 @@ class DepthMetric(Metric):
         means = zip(POOLED, self.image_sums[1:] / self.image_sums[0], strict=True)
         return {**dict(pooled), **{f"{name}_image": value for name, value in means}}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> torch.nn.Module:
-        """Let a module's `.to` move the sums but not round them."""
-
-        def move(tensor: Tensor) -> Tensor:
-            device = fn(torch.zeros(1, device=tensor.device)).device
-            return tensor.to(device, most_precise(device))
-
-        return super()._apply(move, exclude_state)
-
 
 def _scores(sums: Tensor) -> tuple[Tensor, ...]:
     """Return the metrics named `POOLED`, each (...), from sums (..., 11) over the pixels they speak for."""
@@ -404,6 +387,16 @@ def _scores(sums: Tensor) -> tuple[Tensor, ...]:
     silog = 100 * (log_square - log_mean.square()).clamp(min=0).sqrt()
     log10 = log_abs / math.log(10)
     return abs_error, abs_rel, sq_rel, square.sqrt(), log_square.sqrt(), log10, silog, *deltas
+
+
+def scored(target: Tensor, options: DepthOptions) -> Tensor:
+    """Return which pixels (B, 1, H, W) of depth labels count in a metric, boolean."""
+    valid = target > options.min_depth
+    if options.max_depth is not None:
+        valid = valid & (target < options.max_depth)
+    if options.crop == "eigen":
+        valid = valid & eigen_crop(target.shape[-2], target.shape[-1], target.device)
+    return valid
 
 
 def eigen_crop(height: int, width: int, device: torch.device) -> Tensor:

@@ -1,19 +1,18 @@
 """Masked: the hidden patches of a picture, from those that are left."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from mtl.config import MaskOptions
 from mtl.data.sample import Batch
 from mtl.errors import UserError
 from mtl.pretraining.masks import extend, grid_of
 from mtl.pretraining.targets import hidden_loss, patch_target, patchify, reconstruct
-from mtl.tasks.base import Panel, Scale, Task, most_precise, no_labels
+from mtl.tasks.base import Panel, Scale, SumsMetric, Task, most_precise, no_labels
 from mtl.tasks.colours import number_colours
 
 _GREY = 128
@@ -190,7 +189,7 @@ def _picture(image: Tensor) -> np.ndarray:
     return pixels
 
 
-class MaskedMetric(Metric):
+class MaskedMetric(SumsMetric):
     """How well hidden patches are predicted, pooled over all of the set; NaN where none is hidden.
 
     ====== ============================================================================================
@@ -200,14 +199,11 @@ class MaskedMetric(Metric):
 
     `r2` has no unit, and compares trainings whatever their target and distance are.
 
-    Sums are float64 (float32 on MPS, which has no float64) and stay on the device: an update does not wait for it.
-
     Args:
         options: What is predicted, and by which distance it is judged.
         patch: Side of a patch in pixels.
     """
 
-    full_state_update = False
     sums: Tensor
     colours: Tensor
 
@@ -243,12 +239,3 @@ class MaskedMetric(Metric):
         count, distance, square, target_square = self.sums.unbind()
         variance = target_square - self.colours.square().sum() / count
         return {"loss": distance / (3 * count), "r2": 1 - square / variance}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> torch.nn.Module:
-        """Let a module's `.to` move the sums but not round them."""
-
-        def move(tensor: Tensor) -> Tensor:
-            device = fn(torch.zeros(1, device=tensor.device)).device
-            return tensor.to(device, most_precise(device))
-
-        return super()._apply(move, exclude_state)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import lightning
 import torch
@@ -39,6 +39,13 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
+class Views(Protocol):
+    """What can answer in a module's place."""
+
+    def soft(self, image: Tensor) -> dict[str, Tensor]:
+        """Return what each task's prediction is made of (`Task.soft`), for images (B, 3, H, W) in [0, 1]."""
+
+
 class MultiTaskModule(lightning.LightningModule):
     """One training step, one validation pass, and the optimizer.
 
@@ -56,7 +63,7 @@ class MultiTaskModule(lightning.LightningModule):
         terms: What there is to record of the last step: raw losses and weights by task, and how gradients meet.
         results: The last validation's metrics by full name.
         constant: The same metrics of each task's constant prediction, once a validation has seen its labels.
-        views: What predicts in this module's place in validation, such as an average over views of each image.
+        views: What answers in this module's place in validation, such as an average over views of each image.
     """
 
     def __init__(
@@ -84,7 +91,7 @@ class MultiTaskModule(lightning.LightningModule):
         self.thawed_at: tuple[int, int] | None = None
         self.measured = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
         self.baseline = nn.ModuleDict({task.name: task.metrics() for task in self.each_task()})
-        self.views: Callable[[Tensor], dict[str, Tensor]] | None = None
+        self.views: Views | None = None
         self.terms: dict[str, float] = {}
         self._again: _Again | None = None
         self.results: dict[str, float] = {}
@@ -128,13 +135,14 @@ class MultiTaskModule(lightning.LightningModule):
 
         Signals are (B, 1, T).
         """
-        return self._made("predict", self.model(image))
+        outputs = self.model(image)
+        return {
+            task.name: _said(task, "predict", outputs[task.name]) for task in self.each_task() if task.name in outputs
+        }
 
     def predictions(self, batch: Batch) -> dict[str, Tensor]:
         """Return each task's prediction for a batch; of what is hidden, with the masks of the first epoch."""
-        if self.views is not None:
-            return self.views(batch[self.info.input])
-        return self._made("predict", self._outputs(batch))
+        return self._answers(batch, dict.fromkeys(self.tasks, "predict"))
 
     def _outputs(self, batch: Batch) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = self.model(batch[self.info.input]) if len(self.model.heads) else {}
@@ -142,16 +150,14 @@ class MultiTaskModule(lightning.LightningModule):
             outputs["masked"] = self._reconstruct(batch, None)
         return outputs
 
-    def _made(self, method: Literal["predict", "measurable"], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a method of each task makes of its outputs, where it has any."""
-        made = {}
-        for task in self.each_task():
-            if task.name in outputs:
-                # What a task measures is what it predicts, unless it says otherwise.
-                inherited = getattr(type(task), method) is Task.measurable
-                with in_plugin_of(task, "predict" if inherited else method):
-                    made[task.name] = getattr(task, method)(outputs[task.name])
-        return made
+    def _answers(self, batch: Batch, kinds: Mapping[str, str]) -> dict[str, Tensor]:
+        """Return what each task's method of that name makes of a batch: its `predict`, or its `soft`."""
+        if self.views is not None:
+            soft = self.views.soft(batch[self.info.input])
+            each = ((task, soft[task.name]) for task in self.each_task())
+            return {task.name: one if kinds[task.name] == "soft" else _said(task, "harden", one) for task, one in each}
+        outputs = self._outputs(batch)
+        return {task.name: _said(task, kinds[task.name], outputs[task.name]) for task in self.each_task()}
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn stored types into those to compute with, once the batch is on the device, and augment in training."""
@@ -288,11 +294,11 @@ class MultiTaskModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure predictions, and at the first validation constant predictions too."""
-        measurable = self.predictions(batch) if self.views else self._made("measurable", self._outputs(batch))
+        answers = self._answers(batch, {task.name: task.metrics_from for task in self.each_task()})
         for task in self.each_task():
             target = batch[task.target]
             with in_plugin_of(task, "metrics' update"):
-                _metric(self.measured, task).update(measurable[task.name], target)
+                _metric(self.measured, task).update(answers[task.name], target)
                 if not self.constant:
                     _metric(self.baseline, task).update(task.constant(target), target)
 
@@ -386,6 +392,13 @@ class Generators:
 
 def _metric(metrics: nn.ModuleDict, task: Task) -> Metric:
     return cast(Metric, metrics[task.name])
+
+
+def _said(task: Task, method: str, outputs: Tensor) -> Tensor:
+    """Return what one of a task's methods makes of its head's outputs, or of a mean."""
+    with in_plugin_of(task, method):
+        said: Tensor = getattr(task, method)(outputs)
+    return said
 
 
 def gain(tasks: Iterable[Task], results: Mapping[str, float], constant: Mapping[str, float]) -> float:

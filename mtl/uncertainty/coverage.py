@@ -9,7 +9,7 @@ from torchmetrics import Metric
 
 from mtl.config import DepthOptions
 from mtl.tasks.base import most_precise
-from mtl.uncertainty.sparsification import scored
+from mtl.tasks.depth import scored
 
 Distribution = Literal["gaussian", "laplace"]
 """What a prediction and a standard deviation are those of."""

@@ -59,10 +59,10 @@ class Judge(Callback):
                 else f"--uncertainty is judged for depth and for tasks that predict classes, not for {names}"
             )
 
-    def __call__(self, image: Tensor) -> dict[str, Tensor]:
-        """Return each task's prediction for images (B, 3, H, W) in [0, 1], and remember how sure it is."""
+    def soft(self, image: Tensor) -> dict[str, Tensor]:
+        """Return what each task's prediction is made of, and remember how sure it is."""
         self._answers = self.together.combine(image)
-        return {name: answer.prediction for name, answer in self._answers.items()}
+        return {name: answer.soft for name, answer in self._answers.items()}
 
     def on_validation_batch_end(
         self,

@@ -1,16 +1,14 @@
 """Whether the pixels of which a model is least sure are those where it errs most."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
 from mtl.config import DepthOptions
-from mtl.tasks.base import most_precise
-from mtl.tasks.depth import eigen_crop
+from mtl.tasks.base import SumsMetric, most_precise
+from mtl.tasks.depth import scored
 
 ERRORS = ("abs_error", "abs_rel", "rmse")
 """The errors of depth by which uncertainty is judged, as `mtl.tasks.depth.DepthMetric` defines them."""
@@ -36,7 +34,7 @@ class Sparsification(NamedTuple):
     oracle: np.ndarray
 
 
-class SparsificationError(Metric):
+class SparsificationError(SumsMetric):
     """The area under the sparsification error, for depth (Ilg et al. 2018, section 5.1).
 
     Pixels are left out in the order of their uncertainty, the most uncertain first, and in that of their errors; the
@@ -60,7 +58,6 @@ class SparsificationError(Metric):
         options: Caps and crop.
     """
 
-    full_state_update = False
     by_uncertainty: Tensor
     by_error: Tensor
     by_relative: Tensor
@@ -113,25 +110,6 @@ class SparsificationError(Metric):
             results[f"ause_{name}"] = torch.tensor(float((curve - oracle).mean()))
             results[f"aurg_{name}"] = torch.tensor(float((1 - curve).mean()))
         return results
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> nn.Module:
-        """Let a module's `.to` move the sums but not round them."""
-
-        def move(tensor: Tensor) -> Tensor:
-            device = fn(torch.zeros(1, device=tensor.device)).device
-            return tensor.to(device, most_precise(device))
-
-        return super()._apply(move, exclude_state)
-
-
-def scored(target: Tensor, options: DepthOptions) -> Tensor:
-    """Return which pixels (B, 1, H, W) of depth labels `mtl.tasks.depth.DepthMetric` counts, boolean."""
-    valid = target > options.min_depth
-    if options.max_depth is not None:
-        valid = valid & (target < options.max_depth)
-    if options.crop == "eigen":
-        valid = valid & eigen_crop(target.shape[-2], target.shape[-1], target.device)
-    return valid
 
 
 def _bin(numbers: Tensor) -> Tensor:
