@@ -101,10 +101,11 @@ def train(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], tuple[Tensor, Tensor]]]:
+def trained(
+    made_once: Callable[[str, Callable[[Path], object]], Path],
+) -> list[dict[tuple[str, str], tuple[Tensor, Tensor]]]:
     """Return what each of two processes found, all in one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(train, (folder,), nprocs=2)
+    folder = made_once("ranks", lambda folder: multiprocessing.spawn(train, (folder,), nprocs=2))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

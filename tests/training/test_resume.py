@@ -64,10 +64,14 @@ VARIANTS = {
     "famo": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "famo", "--accumulate", "2"],
     "gradvac": ["--max-steps", "18", "--checkpoint-every", "2", "--weighting", "gradvac", "--weighting-every", "3"],
     "gradnorm": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "gradnorm", "--weighting-on", "parameters"],
-    "masked": ["--task", "masked", "--data.size", "64", "64", "--epochs", "3", "--checkpoint-every", "2"],
+    "masked": [
+        *("--task", "masked", "--data.size", "64", "64", "--epochs", "3", "--checkpoint-every", "2"),
+        *("--mask.probe-every", "2"),
+    ],
     "joint": [
         *("--task", "depth", "masked", "--data.size", "64", "64", "--max-steps", "16", "--checkpoint-every", "5"),
         *("--data.labels", "depth=6", "--data.labelled-share", "0.5", "--ema", "0.9", "--accumulate", "2"),
+        *("--mask.probe-every", "3"),
     ],
     "regularized": [
         *("--init", "shipped", "--max-steps", "16", "--checkpoint-every", "5", "--drop-path", "0.1", "--swa", "0.4"),

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -80,8 +80,12 @@ def rank(number: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
+def ranks(made_once: Callable[[str, Callable[[Path], None]], Path]) -> list[dict[str, dict[str, Tensor]]]:
+    folder = made_once("rules_on_ranks", both_ranks)
+    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2)]
+
+
+def both_ranks(folder: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder)]
     running = [subprocess.Popen([*command, str(number)], env=environment) for number in range(2)]
@@ -90,7 +94,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     finally:
         for process in running:
             process.kill()
-    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -278,8 +278,8 @@ def report(
 
 def _measured(row: Row, outcomes: Mapping[Job, Outcome], task: Task) -> Measured:
     errors: tuple[list[float | None], list[float | None]] = ([], [])
-    seconds: list[float | None] = []
-    parameters: list[float | None] = []
+    seconds: list[float] = []
+    parameters: list[float] = []
     for jobs in row.jobs:
         finished = [outcomes[job] for job in jobs]
         runs = [result for result in finished if isinstance(result, Result)]
@@ -288,9 +288,9 @@ def _measured(row: Row, outcomes: Mapping[Job, Outcome], task: Task) -> Measured
             value = metrics.get(f"{task.name}/{task.main_metric}")
             into.append(None if value is None else 100 * task.remaining_error({task.main_metric: value}))
         costs = [run.cost for run in runs if run.cost.get("seconds_per_step") is not None]
-        each = row.variant.members if runs else 0
-        seconds.append(each * sum(cost["steps"] * cost["seconds_per_step"] for cost in costs) if costs else None)
-        parameters.append(each * sum(cost["parameters"] for cost in costs) / 1e6 if costs else None)
+        if len(costs) == len(jobs):
+            seconds.append(row.variant.members * sum(cost["steps"] * cost["seconds_per_step"] for cost in costs))
+            parameters.append(row.variant.members * sum(cost["parameters"] for cost in costs) / 1e6)
     variant = row.variant
     mechanism = MECHANISMS[variant.mechanism] if variant.mechanism else None
     more = {"seconds": seconds, "parameters (M)": parameters[:1]}
