@@ -19,6 +19,7 @@ from mtl.cli import main
 from mtl.config import SIGNAL_BACKBONES, validate
 from mtl.data.loading import Batches, Samples, bytes_in_memory
 from mtl.data.mnist1d import CLASSES, MNIST1D, load_mnist1d
+from mtl.ensembling.bagging import bootstrap, out_of_bag
 from mtl.models.signals import make_signal_model
 from mtl.tasks.classification import Classification
 from mtl.training.pictures import draw_signals, input_pictures
@@ -91,6 +92,31 @@ class TestRun:
         measured = json.loads(file.read_text())
         assert measured["classification/cross_entropy"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), 1e-5)
         assert measured["classification/accuracy"] == pytest.approx((mean.argmax(1) == labels).double().mean().item())
+
+    def test_takes_all_that_regularizes_a_step_and_averages_models(self, tmp_path: Path) -> None:
+        more = ["--bootstrap", "--snapshots", "2", "--swa", "0.5", "--regularize.l2", "0.01", "--regularize.l1", "1e-4"]
+        more += ["--regularize.sam", "0.05", "--regularize.gradient-norm", "0.1", "--regularize.weight-noise", "0.01"]
+        more += ["--regularize.batch-variance", "0.1", "--accumulate", "2", "--dropout", "0.2", "--max-steps", "6"]
+        assert main(words(tmp_path, "run", *more), program="train.py") == 0
+        run, file = str(tmp_path / "run"), tmp_path / "metrics.json"
+        snapshots = [load_checkpoint(path)["state_dict"] for path in sorted((tmp_path / "run").glob("snapshot-*.ckpt"))]
+        assert len(snapshots) == 2 and not torch.equal(
+            *(each["model.heads.classification.weight"] for each in snapshots)
+        )
+        for flags in (["--snapshots"], ["--mc-dropout", "3", "--uncertainty"], ["--split", "train"]):
+            assert main(["evaluate", run, *flags, "--json", str(file)]) == 0
+            assert np.isfinite(list(json.loads(file.read_text()).values())).all(), flags
+        # Out of the bag, by hand: the best weights on what was not drawn.
+        assert main(["evaluate", run, "--split", "out-of-bag", "--json", str(file)]) == 0
+        best = load_checkpoint(tmp_path / "run" / "best.ckpt")["state_dict"]
+        model = make_signal_model("mnist1d_cnn").eval()
+        model.load_state_dict(
+            {name: best["model." + name.replace("head.", "heads.classification.")] for name in model.state_dict()}
+        )
+        unseen = torch.from_numpy(out_of_bag(bootstrap(3500, 0), 3500))
+        signals, labels = (values[unseen] for values in load_mnist1d(None, "train"))
+        expected = F.cross_entropy(model(signals), labels).item()
+        assert json.loads(file.read_text())["classification/cross_entropy"] == pytest.approx(expected, 1e-5)
 
     def test_learns_as_a_loop_in_plain_torch_does(self, trained: Path, tmp_path: Path) -> None:
         assert main(words(tmp_path, "next", "--init", str(trained), *PLAIN), program="train.py") == 0

@@ -105,8 +105,9 @@ def out_of_bag_score(
         known = np.flatnonzero(judged.any(axis=0)).tolist()
         for task in ensemble.tasks:
             if known and task.target in batch:
-                prediction = torch.cat([answers[place][task.name].result().prediction for place in known])
-                metrics[task.name].to(image.device).update(prediction, batch[task.target][known])
+                together = [answers[place][task.name].result() for place in known]
+                said = [one.soft if task.metrics_from == "soft" else one.prediction for one in together]
+                metrics[task.name].to(image.device).update(torch.cat(said), batch[task.target][known])
     if row != outside.shape[1]:
         raise UserError(
             f"the bootstraps are of {outside.shape[1]} training samples, and the data set has {row}"
