@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.errors import UserError
-from mtl.tasks.base import Panel, SumsMetric, Task, most_precise, no_labels
+from mtl.tasks.base import Panel, SumsMetric, most_precise, no_labels
+from mtl.tasks.classes import OfClasses, cross_entropy
 from mtl.tasks.colours import class_colours
-from mtl.tasks.segmentation import PRIOR_SMOOTHING, cross_entropy
 
 _CELL = 8
 """Side in pixels of a class's cell in a picture."""
 
 
-class Classification(Task):
+class Classification(OfClasses):
     """One of C classes per sample; the outputs are logits (B, C), a prediction is (B,) int64.
 
     Where other tasks have height and width, this one has nothing: a batch's `label` is (B,), `IGNORE_INDEX` where a
@@ -29,11 +29,8 @@ class Classification(Task):
         label_smoothing: Share of each label's probability spread over all classes (Szegedy et al. 2016, section 7),
             in [0, 1).
 
-    Attributes:
-        frequency: Share of each class among the training labels, (C,); uniform until `observe`.
-
     Raises:
-        UserError: The data set does not name 2 to 255 classes, or the smoothing is out of range.
+        UserError: The data set does not name 2 to 255 different classes, or the smoothing is out of range.
     """
 
     name = "classification"
@@ -41,31 +38,15 @@ class Classification(Task):
     metrics_from = "soft"
     main_metric = "accuracy"
     higher_is_better: ClassVar[dict[str, bool]] = {"accuracy": True, "error": False, "cross_entropy": False}
-    likelihood = "categorical"
-    frequency: Tensor
 
     def __init__(self, info: DataInfo, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        classes = len(info.classes)
-        if not 2 <= classes <= IGNORE_INDEX:
-            raise UserError(
-                f"the data set {info.name!r} names {classes} classes, but the task {self.name!r} needs 2 to"
-                f" {IGNORE_INDEX}: list the classes with the data, or leave the task out"
-            )
+        super().__init__(info)
         if not 0 <= label_smoothing < 1:
             raise UserError(
                 f"the task {self.name!r} has a label_smoothing of {label_smoothing:g}: it is the share of a label's"
                 " probability that all classes get, at least 0 and less than 1"
             )
         self.label_smoothing = label_smoothing
-        self.data_name = info.name
-        self.class_names = info.classes
-        self.register_buffer("frequency", torch.full((classes,), 1 / classes))
-
-    @property
-    def channels(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
 
     def observe(self, targets: Iterable[Tensor]) -> None:
         """Count the classes of the training labels.
@@ -78,24 +59,8 @@ class Classification(Task):
         """
         labels = torch.cat([torch.zeros(0, dtype=torch.int64), *(chunk.cpu().long() for chunk in targets)])
         labels = labels[labels != IGNORE_INDEX]
-        if not len(labels):
-            raise UserError(
-                f"no sample has a label for the task {self.name!r} among the training samples of"
-                f" {self.data_name!r}: add labels, or leave the task out"
-            )
-        wrong = labels[(labels < 0) | (labels >= self.channels)]
-        if len(wrong):
-            raise UserError(
-                f"{self.data_name!r} has the label {int(wrong[0])}, but its {self.channels} classes are 0 to"
-                f" {self.channels - 1} ({IGNORE_INDEX} means unlabelled): name the missing classes, or correct the"
-                " labels"
-            )
-        self.frequency.copy_(torch.bincount(labels, minlength=self.channels) / len(labels))
-
-    def initial_bias(self) -> Tensor:
-        """Return the logarithm of the (slightly smoothed) class frequencies, with mean zero, (C,)."""
-        prior = (1 - PRIOR_SMOOTHING) * self.frequency + PRIOR_SMOOTHING / self.channels
-        return prior.log() - prior.log().mean()
+        indices, counts = torch.unique(labels, return_counts=True)
+        self.learn_frequency(indices, counts)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy, with label smoothing, over the labelled samples of all ranks' batches.
@@ -109,25 +74,9 @@ class Classification(Task):
             return no_labels(outputs)
         return cross_entropy(outputs, batch[self.target].long(), label_smoothing=self.label_smoothing)
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        """Return the likeliest class of each sample, (B,) int64."""
-        return outputs.argmax(dim=1)
-
-    def soft(self, outputs: Tensor) -> Tensor:
-        """Return the classes' probabilities, (B, C), in single precision at least."""
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).softmax(dim=1)
-
-    def harden(self, soft: Tensor) -> Tensor:
-        """Return the likeliest class of each sample, (B,) int64."""
-        return soft.argmax(dim=1)
-
     def mirrored(self, soft: Tensor) -> Tensor:
         """Return the probabilities as they are: a class has no left and no right."""
         return soft
-
-    def constant(self, target: Tensor) -> Tensor:
-        """Return the most frequent class of the training labels for every sample, (B,) int64."""
-        return self.frequency.argmax().to(target.device).expand(target.shape)
 
     def metrics(self) -> "ClassificationMetric":
         """Return a fresh `ClassificationMetric`."""

@@ -8,27 +8,22 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from mtl.config import SegmentationOptions
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
-from mtl.errors import UserError
-from mtl.tasks.base import Panel, Task, local_mean, no_labels, over_labelled_ranks, pooled_mean
+from mtl.tasks.base import Panel, local_mean, no_labels, over_labelled_ranks
+from mtl.tasks.classes import OfClasses, cross_entropy
 from mtl.tasks.colours import class_colours
 
-PRIOR_SMOOTHING = 0.01
-"""Share of the uniform distribution in the prior: a class that no label has keeps a finite bias."""
 
-
-class Segmentation(Task):
+class Segmentation(OfClasses):
     """One of C classes per pixel; the outputs are logits (B, C, H, W), a prediction is (B, H, W) int64.
 
     Its likelihood is categorical, with the Dice loss as well: that is no logarithm of a density, but compares the same
     probabilities with the same classes, and a sum of the two needs one form.
 
     Attributes:
-        frequency: Share of each class among the labelled training pixels, (C,); uniform until `observe`.
         class_weights: Median-frequency weights, (C,); ones until `observe`.
     """
 
@@ -42,8 +37,6 @@ class Segmentation(Task):
         "miou_image": True,
         "iou/*": True,
     }
-    likelihood = "categorical"
-    frequency: Tensor
     class_weights: Tensor
 
     def __init__(self, options: SegmentationOptions, info: DataInfo) -> None:
@@ -52,28 +45,9 @@ class Segmentation(Task):
         Raises:
             UserError: If the data set does not name 2 to 255 different classes.
         """
-        super().__init__()
-        classes = len(info.classes)
-        if not 2 <= classes <= IGNORE_INDEX:
-            raise UserError(
-                f"the data set {info.name!r} names {classes} classes, but the task {self.name!r} needs 2 to"
-                f" {IGNORE_INDEX}: list the classes with the data, or leave the task out"
-            )
-        if twice := sorted({c for c in info.classes if info.classes.count(c) > 1}):
-            raise UserError(
-                f"the data set {info.name!r} has more than one class called {twice[0]!r}:"
-                " give every class a name of its own"
-            )
+        super().__init__(info)
         self.options = options
-        self.data_name = info.name
-        self.class_names = info.classes
-        self.register_buffer("frequency", torch.full((classes,), 1 / classes))
-        self.register_buffer("class_weights", torch.ones(classes))
-
-    @property
-    def channels(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+        self.register_buffer("class_weights", torch.ones(self.channels))
 
     def observe(self, targets: Iterable[Tensor]) -> None:
         """Count the classes of the training labels.
@@ -96,27 +70,11 @@ class Segmentation(Task):
                 count[IGNORE_INDEX] = 0
                 pixels += count
                 pixels_where_present += torch.where(count > 0, count.sum(), 0)
-        if pixels[self.channels :].any():
-            unknown = self.channels + int(pixels[self.channels :].argmax())
-            raise UserError(
-                f"the segmentation labels of {self.data_name!r} hold the class index {unknown}, but its"
-                f" {self.channels} classes are 0 to {self.channels - 1} ({IGNORE_INDEX} means unlabelled):"
-                " name the missing classes, or correct the labels"
-            )
-        if not pixels.any():
-            raise UserError(
-                f"no sample has a label for the task {self.name!r} among the training samples of"
-                f" {self.data_name!r}: add labels, or leave the task out"
-            )
+        present = pixels.nonzero()[:, 0]
+        self.learn_frequency(present, pixels[present])
         count = pixels[: self.channels].double()
         frequency = count / pixels_where_present[: self.channels]
-        self.frequency.copy_(count / count.sum())
         self.class_weights.copy_((frequency.nanquantile(0.5) / frequency).nan_to_num(nan=1.0))
-
-    def initial_bias(self) -> Tensor:
-        """Return the logarithm of the (slightly smoothed) class frequencies, with mean zero, (C,)."""
-        prior = (1 - PRIOR_SMOOTHING) * self.frequency + PRIOR_SMOOTHING / self.channels
-        return prior.log() - prior.log().mean()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy, soft Dice loss or their sum over the labelled pixels of the whole batch.
@@ -139,22 +97,6 @@ class Segmentation(Task):
         if self.options.loss in ("dice", "both"):
             loss = loss + dice_loss(outputs, target)
         return loss
-
-    def predict(self, outputs: Tensor) -> Tensor:
-        """Return the likeliest class of each pixel, (B, H, W) int64."""
-        return outputs.argmax(dim=1)
-
-    def soft(self, outputs: Tensor) -> Tensor:
-        """Return the classes' probabilities, (B, C, H, W), in single precision at least."""
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32)).softmax(dim=1)
-
-    def harden(self, soft: Tensor) -> Tensor:
-        """Return the likeliest class of each pixel, (B, H, W) int64."""
-        return soft.argmax(dim=1)
-
-    def constant(self, target: Tensor) -> Tensor:
-        """Return the most frequent class of the training labels everywhere, (B, H, W) int64."""
-        return self.frequency.argmax().to(target.device).expand(target.shape)
 
     def metrics(self) -> "SegmentationMetric":
         """Return a fresh `SegmentationMetric`."""
@@ -201,28 +143,6 @@ class Segmentation(Task):
 
 _RIGHT = np.array([128, 128, 128], dtype=np.uint8)
 _WRONG = np.array([213, 94, 0], dtype=np.uint8)
-
-
-def cross_entropy(
-    logits: Tensor, target: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Return `torch.nn.functional.cross_entropy` over labelled pixels, but zero where there are none.
-
-    As in torch, class weights make it a weighted mean: the sum over pixels is divided by the sum of their
-    labels' weights. Where several processes train together, the mean is over all ranks' pixels, see `masked_mean`.
-
-    Args:
-        logits: (B, C, H, W) floats.
-        target: (B, H, W) int64, `IGNORE_INDEX` where unlabelled.
-        weights: Positive class weights (C,), or None for equal ones.
-        label_smoothing: In [0, 1).
-    """
-    valid = target != IGNORE_INDEX
-    weights = logits.new_ones(logits.shape[1]) if weights is None else weights.to(logits.dtype)
-    pixels = F.cross_entropy(
-        logits, target, weights, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
-    )
-    return pooled_mean(pixels.sum(), (weights[torch.where(valid, target, 0)] * valid).sum())
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ class TestPrior:
         [
             ([], "no sample has a label for the task 'classification' .* 'pets'"),
             ([torch.full((3,), IGNORE_INDEX)], "no sample has a label"),
-            ([torch.tensor([0, 3])], "'pets' has the label 3, but its 3 classes are 0 to 2"),
-            ([torch.tensor([0, -1])], "has the label -1"),
+            ([torch.tensor([0, 3])], "labels of 'pets' hold the class index 3, but its 3 classes are 0 to 2"),
+            ([torch.tensor([0, -1])], "hold the class index -1"),
         ],
     )
     def test_labels_that_cannot_be(self, labels: list[Tensor], said: str) -> None:

@@ -20,8 +20,9 @@ from mtl.config import SegmentationOptions
 from mtl.data.decoding import LABEL_SIZES, read_segmentation
 from mtl.data.sample import IGNORE_INDEX, DataInfo
 from mtl.errors import UserError
+from mtl.tasks.classes import cross_entropy
 from mtl.tasks.colours import OKABE_ITO, class_colours
-from mtl.tasks.segmentation import Segmentation, SegmentationMetric, cross_entropy, dice_loss
+from mtl.tasks.segmentation import Segmentation, SegmentationMetric, dice_loss
 
 CLASSES = ("wall", "floor", "chair", "sofa")
 C = len(CLASSES)
