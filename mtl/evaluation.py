@@ -17,7 +17,7 @@ from mtl.ensembling.bagging import bootstrap, out_of_bag, out_of_bag_score
 from mtl.ensembling.ensemble import Together
 from mtl.ensembling.runs import ALONE, Combining, checkpoints, kinds, together
 from mtl.errors import UserError
-from mtl.runs import device_of, load_predicting, read_run, restored, stored_experiment
+from mtl.runs import SOUP_FILE, device_of, load_predicting, read_run, restored, stored_experiment
 from mtl.training.callbacks import ProgressBar
 from mtl.training.module import MultiTaskModule
 from mtl.transfer.weights import load_checkpoint
@@ -123,11 +123,18 @@ def evaluate_unseen(
             "--split out-of-bag is for the runs' best weights and images as they are; leave --snapshots, --mc-dropout "
             "and --tta out"
         )
+    if changes.get("devices", 1) > 1:
+        raise UserError(f"--split out-of-bag is measured by one process; leave --devices {changes['devices']} out")
     paths = checkpoints(run, combining)
     experiment, checkpoint = read_run(paths[0], {**changes, "compile": False, "devices": 1})
     seeds = []
     for path in paths:
         trained = stored_experiment(load_checkpoint(path), path)
+        if (path.parent / SOUP_FILE).exists():
+            raise UserError(
+                f"--split out-of-bag: {path.parent} is a soup of runs, each of which has drawn samples of its own; "
+                "name the runs themselves, or measure the soup on held-out samples"
+            )
         if not trained.bootstrap:
             raise UserError(
                 f"--split out-of-bag: {path.parent} was trained on all of its training samples, without --bootstrap; "
@@ -152,7 +159,8 @@ def evaluate_unseen(
         first.on_after_batch_transfer({name: values.to(device) for name, values in batch.items()}, 0)
         for batch in make_loader(samples, experiment, trainer, training=False)
     )
-    score = out_of_bag_score(members, outside, batches, kinds(list(first.each_task()), combining.kind))
+    with trainer.precision_plugin.val_step_context():
+        score = out_of_bag_score(members, outside, batches, kinds(list(first.each_task()), combining.kind))
     surroundings.say(
         f"{score.samples} of {len(samples)} training samples are left out by one run or more, and judged by those"
     )

@@ -13,6 +13,9 @@ from mtl.errors import UserError
 from mtl.training.module import MultiTaskModule
 from mtl.transfer.weights import find_checkpoint, load_checkpoint, load_weights, require
 
+SOUP_FILE = "soup.json"
+"""File in the folder of a soup: which runs' weights it is the mean of."""
+
 
 def load_run(run: Path, changes: Mapping[str, Any]) -> MultiTaskModule:
     """Return a run's best checkpoint, ready to predict, on the experiment's device.

@@ -20,7 +20,7 @@ from mtl.errors import UserError, nearest
 from mtl.evaluation import measure
 from mtl.experiment import new_folder, plain_inputs
 from mtl.files import write_whole
-from mtl.runs import device_of, read_run, restored
+from mtl.runs import SOUP_FILE, device_of, read_run, restored
 from mtl.training.module import MultiTaskModule
 from mtl.transfer.weights import find_checkpoint, load_checkpoint, require
 
@@ -98,7 +98,7 @@ def make_soup(
         about |= {"chosen": chosen, "monitor": experiment.monitor, "scores": scores, "score": soup.score}
     folder.mkdir(parents=True)
     write_whole(folder / "config.yaml", dump(target).encode())
-    write_whole(folder / "soup.json", (json.dumps(about, indent=2) + "\n").encode())
+    write_whole(folder / SOUP_FILE, (json.dumps(about, indent=2) + "\n").encode())
     state = {
         key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in module.state_dict().items()
     }

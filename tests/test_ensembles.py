@@ -167,6 +167,21 @@ class TestBagging:
         expected = {f"depth/{key}": float(value) for key, value in metric.compute().items()}
         assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
+    def test_a_soup_has_no_bag(self, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["soup", *map(str, runs), "--name", "soup", "--output-dir", str(tmp_path)]
+        assert main(words) == 0
+        assert main(["evaluate", str(tmp_path / "soup"), "--split", "out-of-bag"]) == 2
+        assert "is a soup" in capsys.readouterr().err
+        # Nor is there anything to go on with.
+        assert main(words) == 2
+        assert "--resume" not in capsys.readouterr().err
+
+    def test_out_of_bag_in_the_precision_asked_for(self, runs: list[Path], tmp_path: Path) -> None:
+        words = [str(runs[0]), "--split", "out-of-bag"]
+        exact = measured(words, tmp_path / "a.json")
+        half = measured([*words, "--precision", "bf16-mixed"], tmp_path / "b.json")
+        assert half != exact and half == pytest.approx(exact, rel=0.05, abs=0.05)
+
 
 class TestPredict:
     def picture(self, folder: Path) -> Path:
@@ -243,6 +258,8 @@ REFUSED = [
     (["evaluate", "{0}", "--output-dir", "x"], ["--output-dir", "--uncertainty"]),
     (["evaluate", "{depth}", "--split", "out-of-bag"], ["--bootstrap"]),
     (["evaluate", "{0}", "--split", "out-of-bag", "--data.train-samples", "5"], ["training samples"]),
+    (["evaluate", "{0}", "--split", "out-of-bag", "--devices", "2"], ["--devices 2"]),
+    (["train", "--seeds", "2", "--name", "a", "--resume", "{0}"], ["--resume", "--seeds"]),
     (["predict", "{0}", "a.png", "--with", "nowhere"], ["nowhere", "run's folder"]),
     (["predict", "{0}", "a.png", "--with", "{0}"], ["twice"]),
     (["predict", "{0}", "a.png", "--wiht", "{1}"], ["--wiht", "--with"]),

@@ -94,6 +94,10 @@ class _Evaluate(Code, Together):
     precision: Annotated[str | None, tyro.conf.arg(help="Lightning's precision (none: the run's).")] = None
 
 
+_HEADINGS = {"validation": "held out", "train": "training", "out-of-bag": "out of bag"}
+"""What to call the samples of a --split."""
+
+
 def run(words: list[str], program: str, description: str) -> None:
     """Measure a run's best checkpoint, or those of several runs as one."""
     take_plugins(words)
@@ -127,7 +131,7 @@ def run(words: list[str], program: str, description: str) -> None:
     else:
         pictures = flags.output_dir or run / "uncertainty"
         outcome = evaluate(run, changes, here, flags.split, combining, pictures if flags.uncertainty else None)
-    print_results(outcome.results, outcome.constant)
+    print_results(outcome.results, outcome.constant, _HEADINGS.get(flags.split, flags.split))
     if flags.json is not None:
         numbers = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
         write_whole(flags.json, (json.dumps(numbers, indent=2) + "\n").encode())

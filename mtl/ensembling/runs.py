@@ -57,7 +57,8 @@ class Combining:
                 )
         elif self.kind is not None and not several and not views:
             raise UserError(
-                f"--combine {self.kind}: a single run has but one answer; name more runs, or add --mc-dropout or --tta"
+                f"--combine {self.kind}: a single run has but one answer; name more runs, or add --snapshots, "
+                "--mc-dropout or --tta"
             )
         if self.kind == "logits" and views:
             raise UserError(

@@ -1,5 +1,6 @@
 """Averages of weights: soups of several trainings, snapshots and stochastic averages of one."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -307,10 +308,12 @@ def warm_restarts(total_steps: int, cycles: int, growth: float = 1.0) -> Restart
             f"{cycles} cycles, each {growth:g} times as long as the one before, are no schedule: take at least one "
             "cycle, and a positive number"
         )
-    lengths = [growth**number for number in range(cycles)]
-    ends = tuple(round(total_steps * sum(lengths[: number + 1]) / sum(lengths)) for number in range(cycles))
+    ends: tuple[int, ...] = ()
+    if cycles <= total_steps:
+        sums = list(itertools.accumulate(growth**number for number in range(cycles)))
+        ends = tuple(round(total_steps * each / sums[-1]) for each in sums)
     starts = (0, *ends[:-1])
-    if any(end <= start for start, end in zip(starts, ends, strict=True)):
+    if not ends or any(end <= start for start, end in zip(starts, ends, strict=True)):
         raise UserError(
             f"{cycles} cycles of the learning rate do not fit into {total_steps} steps of training: take fewer cycles, "
             "or train for longer"

@@ -178,6 +178,15 @@ class Task(nn.Module, ABC):
     def constant(self, target: Tensor) -> Tensor:
         """Return the best guess that ignores the image, in the form of `predict`, shaped for ``target``."""
 
+    def beside(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the constant prediction to measure beside a prediction; the default is `constant`.
+
+        Args:
+            prediction: What `predict` returned.
+            target: The batch's target.
+        """
+        return self.constant(target)
+
     @abstractmethod
     def metrics(self) -> Metric:
         """Return a fresh metric.

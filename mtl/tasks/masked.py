@@ -121,6 +121,10 @@ class Masked(Task):
         rows, columns = grid_of((target.shape[-2], target.shape[-1]), self.patch)
         return values.reshape(1, 4, 1, 1).expand(len(target), 4, rows * self.patch, columns * self.patch)
 
+    def beside(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the mean colour of the same hidden patches, (B, 4, H', W')."""
+        return torch.cat([self.constant(target)[:, :3].to(prediction), prediction[:, 3:]], dim=1)
+
     def metrics(self) -> "MaskedMetric":
         """Return a fresh `MaskedMetric` of the same target and distance."""
         return MaskedMetric(self.options, self.patch)

@@ -17,7 +17,7 @@ from mtl.weighting.base import HostModule, Step, Weighting
 
 T = TypeVar("T")
 
-_REMEDY = "a lower --lr, --clip 1 or --precision 32-true usually helps"
+_REMEDY = "a lower --lr, --clip 1, less of --regularize where it is used, or --precision 32-true usually helps"
 
 
 class Cut:

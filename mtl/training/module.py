@@ -300,7 +300,7 @@ class MultiTaskModule(lightning.LightningModule):
             with in_plugin_of(task, "metrics' update"):
                 _metric(self.measured, task).update(answers[task.name], target)
                 if not self.constant:
-                    _metric(self.baseline, task).update(task.constant(target), target)
+                    _metric(self.baseline, task).update(task.beside(answers[task.name], target), target)
 
     def on_validation_epoch_end(self) -> None:
         """Compute the metrics, and the gain that stands for all tasks."""

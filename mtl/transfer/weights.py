@@ -1,5 +1,6 @@
 """Where weights come from, and files that cannot run code."""
 
+import errno
 import importlib
 import json
 import pickle
@@ -210,6 +211,9 @@ def _initial_state(backbone: Backbone) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
+_DAMAGED = "{} is truncated, damaged or not a checkpoint; give another, or train again"
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a torch file of plain values and tensors onto the CPU.
 
@@ -220,16 +224,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore"):  # about a pickle's protocol, right before refusing it
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        reason = f"cannot be read ({error.strerror or error})"
-        raise UserError(f"{path} {reason}; give another, such as the run's last.ckpt") from None
+        # A file that is cut off at some lengths makes torch's reader seek to before its beginning.
+        if error.errno != errno.EINVAL:
+            reason = f"cannot be read ({error.strerror or error})"
+            raise UserError(f"{path} {reason}; give another, or train again") from None
+        raise UserError(_DAMAGED.format(path)) from None
     except Exception as error:  # noqa: BLE001  # on damaged bytes torch's reader raises almost anything
         if isinstance(error, pickle.UnpicklingError) and _holds_code(path, str(error)):
             raise UserError(
                 f"{path} holds pickled code, which is never run; save its tensors alone, best as safetensors"
             ) from None
-        raise UserError(
-            f"{path} is truncated, damaged or not a checkpoint; give another, such as the run's last.ckpt"
-        ) from None
+        raise UserError(_DAMAGED.format(path)) from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint; give another")
     return checkpoint
@@ -257,7 +262,7 @@ def require(checkpoint: Mapping[str, Any], path: Path, *names: str) -> None:
     if missing := [repr(name) for name in names if name not in checkpoint]:
         raise UserError(
             f"{path} lacks {', '.join(missing)}, which a run's checkpoint has: it was changed, or another program "
-            "wrote it; give another, such as the run's last.ckpt or best.ckpt"
+            "wrote it; give another, or train again"
         )
 
 

@@ -241,6 +241,8 @@ def test_sentences() -> None:
             nothing()
     with pytest.raises(UserError, match=r"5 cycles .* do not fit into 3 steps"):
         warm_restarts(3, 5)
+    with pytest.raises(UserError, match="do not fit"):
+        warm_restarts(300, 10**12)  # said at once
     with pytest.raises(UserError, match="are no schedule"):
         warm_restarts(3, 0)
     with pytest.raises(UserError, match="every 0 steps"):

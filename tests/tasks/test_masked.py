@@ -153,6 +153,16 @@ class TestPrior:
         assert (constant[:, 3] == 1).all()
         assert torch.equal(constant[:, :3], task.initial_bias().reshape(1, 3, 1, 1).expand_as(constant[:, :3]))
 
+    def test_beside_a_prediction_the_constant_hides_the_same(self) -> None:
+        image, outputs = draw((8, 12))
+        task = make("raw", "l2")
+        task.observe([image])
+        beside = task.beside(outputs, image)
+        assert torch.equal(beside[:, 3], outputs[:, 3]) and torch.equal(beside[:, :3], task.constant(image)[:, :3])
+        # So what predicts the mean is as good as the constant, wherever the mask is.
+        as_good = torch.cat([task.constant(image)[:, :3], outputs[:, 3:]], dim=1)
+        assert scores(task, as_good, image) == scores(task, beside, image)
+
     @pytest.mark.parametrize("target", ["normalized", "raw"])
     def test_the_constant_explains_nothing(self, target: str) -> None:
         image = draw((8, 12))[0]
