@@ -753,6 +753,11 @@ class Experiment(TaskGroup, TransferGroup, ModelGroup, TrainingGroup, RunGroup):
         supervised = [task for task in self.task if task != "masked"]
         if "masked" in self.task and self.freeze:
             raise ValueError("--task masked teaches the backbone, which --freeze forbids; leave one of the two out")
+        if self.dropout and not supervised:
+            raise ValueError(
+                f"--dropout {self.dropout:g} is in the heads of tasks with labels, which --task masked alone has not; "
+                "leave it out, or use --drop-path"
+            )
         if self.data.labelled_share is not None and (not supervised or "masked" not in self.task):
             raise ValueError(
                 "--data.labelled-share is for --task masked beside tasks with labels, which mixes samples with and "

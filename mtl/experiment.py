@@ -186,13 +186,13 @@ def train(experiment: Experiment, surroundings: Surroundings, resume: Path | Non
     results = measure(module, validation, experiment)
     outcome = Outcome(folder, results, dict(module.constant), done[1], 0.0, module.info.targets)
     if first:
-        _draw(module, validation, history, outcome, wandb_logger)
         backbone = module.model.backbone
         if isinstance(backbone, Backbone) and not experiment.backbone_stays:
             measured = {name: value for name, value in outcome.results.items() if math.isfinite(value)}
             about = {"experiment": experiment.model_dump(mode="json"), "steps": outcome.steps, "results": measured}
             others = {} if module.model.masked is None else module.model.masked.timm_tensors()
             save_backbone(backbone, folder / "backbone.safetensors", about, others)
+        _draw(module, validation, history, outcome, wandb_logger)  # the last of all that a run leaves
     if wandb_logger:
         wandb_logger.experiment.summary.update({f"best/{k}": v for k, v in outcome.results.items()})
         wandb_logger.experiment.finish()
@@ -425,7 +425,9 @@ def new_folder(experiment: Experiment) -> Path:
     if experiment.name is not None:
         folder = experiment.output_dir / experiment.name
         if folder.exists():
-            raise UserError(f"{folder} exists; choose another --name, or go on with that run by --resume {folder}")
+            goes_on = (folder / "last.ckpt").is_file()
+            more = f", or go on with that run by --resume {folder}" if goes_on else ", or remove it"
+            raise UserError(f"{folder} exists; choose another --name{more}")
     else:
         base = "-".join([*experiment.task, *(["frozen"] if experiment.backbone_stays else [])])
         folder = numbered(experiment.output_dir / base)

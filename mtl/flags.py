@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -142,7 +143,16 @@ def _sentence(box: str) -> str:
     """Return what tyro says in the first part of a box drawn for a terminal, as one line."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     said = itertools.takewhile(lambda line: not line.startswith("──"), lines)
-    return " ".join(line for line in said if line).rstrip(".")
+    sentence = " ".join(line for line in said if line).rstrip(".")
+    # Of a value that may be left out, tyro tells what each of its types has to say.
+    found = re.search(r"no type matching \{None\}\|(\w+) could be instantiated from \[(.*?)\]", sentence)
+    if found and found[1] in _KINDS:
+        sentence = f"{sentence[: found.start()]}{found[2]} is not {_KINDS[found[1]]}"
+    return sentence
+
+
+_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+"""What tyro calls the types of numbers, in words."""
 
 
 def _names(flags: type, prefix: str = "") -> list[str]:

@@ -207,6 +207,9 @@ class TestBadInput:
             (["train", "--weighting-options", "alpha=1", "alpha=2"], ["--weighting-options", "'alpha' is given twice"]),
             (["train", "--weighting-options", "alpha=nan"], ["--weighting-options: alpha=nan must be a finite number"]),
             (["train", "--batch-size"], ["--batch-size"]),
+            (["train", "--warmup", "1.5"], ["--warmup: '1.5' is not a whole number;"]),
+            (["train", "--task", "depth", "--segmentation.loss", "dice"], ["--segmentation.loss", "learns depth"]),
+            (["train", "--task", "masked", "--dropout", "0.1"], ["--dropout 0.1", "--task masked"]),
             (["train", "--optimizer", "adamm"], ["'adamm'", "'adam'"]),
             (["train", "--data.size", "8", "8"], ["--data.size"]),
             (["train", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -250,8 +253,11 @@ class TestBadInput:
         (tmp_path / "runs" / "taken").mkdir(parents=True)
         assert run("train", "--name", "taken", *tiny) == 2
         error = capsys.readouterr().err
-        assert "taken exists" in error and "--resume" in error and "--name" in error
-        assert list((tmp_path / "runs" / "taken").iterdir()) == []
+        assert "taken exists" in error and "remove it" in error and "--name" in error
+        assert list((tmp_path / "runs" / "taken").iterdir()) == [], "nothing is written into it"
+        (tmp_path / "runs" / "taken" / "last.ckpt").touch()
+        assert run("train", "--name", "taken", *tiny) == 2
+        assert f"--resume {tmp_path / 'runs' / 'taken'}" in capsys.readouterr().err
 
     def test_a_checkpoint_with_code_in_it(
         self, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -269,12 +275,19 @@ class TestBadInput:
     ) -> None:
         assert run("train", "--max-steps", "1", "--name", "run", *tiny) == 0
         last = tmp_path / "runs" / "run" / "last.ckpt"
-        last.write_bytes(last.read_bytes()[:1000])
-        before = {path.name: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
-        capsys.readouterr()
-        assert run("train", "--name", "run", "--resume", *tiny) == 2
-        assert "last.ckpt" in capsys.readouterr().err
-        assert before == {path.name: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
+        whole = last.read_bytes()
+        for size in (0, 1000, 3000, 5000):
+            last.write_bytes(whole[:size])
+            before = {path.name: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
+            capsys.readouterr()
+            assert run("train", "--name", "run", "--resume", *tiny) == 2
+            assert "last.ckpt is truncated, damaged" in capsys.readouterr().err
+            assert before == {path.name: path.read_bytes() for path in last.parent.iterdir() if path.is_file()}
+
+    def test_output_that_nobody_reads_on(self) -> None:
+        script = f"{sys.executable} -m mtl train --help | head -1"
+        done = subprocess.run(script, shell=True, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("usage: ") and done.stderr == ""
 
     @pytest.mark.parametrize(
         ("before", "after", "said"),

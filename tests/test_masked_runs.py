@@ -48,11 +48,13 @@ def pictures(root: Path, count: int = 12) -> Path:
 class TestPretraining:
     @pytest.mark.parametrize("method", BACKBONES)
     def test_pretrain_then_transfer_here_and_in_timm(
-        self, quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+        self, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
     ) -> None:
         runs = tmp_path / "runs"
-        flags = [*quick, *BACKBONES[method], "--max-steps", "8"]
-        assert run("train", *flags, "--task", "masked", "--name", "pretrained") == 0
+        backbone, its_masking = BACKBONES[method][:2], BACKBONES[method][2:]
+        flags = [*tiny, "--data.size", "64", "64", *backbone, "--max-steps", "8"]
+        masked = ["--task", "masked", "--mask.decoder-width", "32", *its_masking]
+        assert run("train", *flags, *masked, "--name", "pretrained") == 0
         said = capsys.readouterr().out
         assert "backbone.safetensors" in said and f"--init {runs / 'pretrained'}" in said
         folder = runs / "pretrained"

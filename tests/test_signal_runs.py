@@ -1,6 +1,7 @@
 """Signals on the command line as a person uses it: MNIST-1D, small models, classification."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +175,29 @@ class TestRun:
         assert {n: v.shape for n, v in model.state_dict().items()} == {
             n: v.shape for n, v in state(tmp_path / "run").items()
         }
+
+
+class TestSeeds:
+    def test_stopped_half_way_they_go_on(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        given = words(tmp_path, "few", "--seeds", "3", "--max-steps", "4", "--checkpoint-every", "2")
+        assert main(given, program="train.py") == 0
+        expected = [state(tmp_path / f"few-seed{seed}") for seed in range(3)]
+        assert not torch.equal(expected[0]["head.weight"], expected[1]["head.weight"])
+        assert main(given, program="train.py") == 2
+        assert "add --resume" in capsys.readouterr().err
+        assert main([*given, "--resume", "--lr", "0.5"], program="train.py") == 2
+        # One is finished, one was stopped after its last checkpoint, and of one nothing is there.
+        (tmp_path / "few-seed1" / "predictions.png").unlink()
+        shutil.rmtree(tmp_path / "few-seed2")
+        before = (tmp_path / "few-seed0" / "best.ckpt").stat().st_mtime_ns
+        capsys.readouterr()
+        assert main([*given, "--resume"], program="train.py") == 0
+        said = capsys.readouterr().out
+        assert said.count("is finished, and kept") == 1 and "resuming" in said
+        assert (tmp_path / "few-seed0" / "best.ckpt").stat().st_mtime_ns == before
+        for seed, weights in enumerate(expected):
+            again = state(tmp_path / f"few-seed{seed}")
+            assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
 class TestRefusals:

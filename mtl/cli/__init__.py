@@ -1,6 +1,7 @@
 """The command line: turns flags and YAML into an experiment, and errors into one sentence and exit status 2."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,4 +39,8 @@ def main(words: Sequence[str] | None = None, program: str = "python -m mtl") -> 
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read this, such as `head`, has had enough; nor may Python complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from mtl import registry
 from mtl.cli.results import print_results
 from mtl.cli.surroundings import FOLDER, folder_of_run, rank, surroundings
-from mtl.cli.words import base_of, take_plugins, with_yaml_only
+from mtl.cli.words import base_of, check_used, take_plugins, with_yaml_only
 from mtl.config import Experiment, TransferGroup, changed, dump, load, validate
 from mtl.errors import UserError
 from mtl.flags import Configured, parse, train_flags, values_of, with_values, word_or
@@ -54,18 +54,24 @@ def run(words: list[str], program: str, description: str) -> None:
     base = base_of(words)
     given = _parse(flags, base, words, program, description)
     resume = None
-    if given["resume"] is not None:
+    if given["seeds"] is not None:
+        if given["resume"] not in (None, "auto"):
+            raise UserError(
+                f"--resume {given['resume']}: with --seeds it goes on with the runs of --name; leave its value out"
+            )
+    elif given["resume"] is not None:
         if given["config"] is not None:
             raise UserError("--resume goes on with the run's own configuration; leave --config out")
         resume = _run_to_resume(given["resume"], given["name"], Path(given["output_dir"]))
     if resume is not None:
         base = load(resume / "config.yaml")
         given = _parse(flags, base, words, program, description)
-    for name in ("plugin", "config", "resume"):
+    for name in ("plugin", "config"):
         given.pop(name)
-    print_config, seeds = given.pop("print_config"), given.pop("seeds")
+    print_config, seeds, goes_on = given.pop("print_config"), given.pop("seeds"), given.pop("resume") is not None
     plugins = [str(path) for path in registry.plugins.values()]
     experiment = validate(with_yaml_only(given, base) | {"needs_plugins": plugins})
+    check_used(words, experiment.task)
     if resume is not None:
         _check_same_run(base, experiment, resume)
         experiment = changed(experiment, {"name": base.name, "output_dir": base.output_dir})
@@ -73,7 +79,7 @@ def run(words: list[str], program: str, description: str) -> None:
         print(dump(experiment), end="")
         return
     if seeds is not None:
-        _train_seeds(_with_seeds(experiment, seeds, resume))
+        _train_seeds(_with_seeds(experiment, seeds), goes_on)
         return
     here = surroundings()
     from mtl.experiment import new_folder, train
@@ -92,7 +98,7 @@ def run(words: list[str], program: str, description: str) -> None:
         print(f"  {command}\n      {purpose}")
 
 
-def _with_seeds(experiment: Experiment, count: int, resume: Path | None) -> list[Experiment]:
+def _with_seeds(experiment: Experiment, count: int) -> list[Experiment]:
     """Return experiments that differ in their seeds and names alone.
 
     Raises:
@@ -100,8 +106,6 @@ def _with_seeds(experiment: Experiment, count: int, resume: Path | None) -> list
     """
     if count < 2:
         raise UserError(f"--seeds {count}: an ensemble has two runs or more; leave it out for one")
-    if resume is not None:
-        raise UserError("--seeds starts new runs; go on with one of them by --resume NAME-seed0, without --seeds")
     if experiment.name is None:
         raise UserError(f"--seeds {count} needs a --name, after which the runs are called NAME-seed0 and so on")
     if experiment.devices > 1:
@@ -113,21 +117,43 @@ def _with_seeds(experiment: Experiment, count: int, resume: Path | None) -> list
     return [changed(experiment, {"seed": seed, "name": f"{experiment.name}-seed{seed}"}) for seed in seeds]
 
 
-def _train_seeds(experiments: list[Experiment]) -> None:
-    """Train one run after another, and say how to combine them."""
+def _train_seeds(experiments: list[Experiment], goes_on: bool) -> None:
+    """Train one run after another, and say how to combine them.
+
+    Args:
+        experiments: The runs.
+        goes_on: Whether those that are finished are kept, and those that were stopped gone on with.
+
+    Raises:
+        UserError: Before any training: a run exists that is not to be gone on with, or is another.
+    """
     here = surroundings()
     from mtl.experiment import new_folder, train
 
-    folders = [new_folder(experiment) for experiment in experiments]  # refuses one that exists before any training
+    folders = [experiment.output_dir / str(experiment.name) for experiment in experiments]
+    for experiment, folder in zip(experiments, folders, strict=True):
+        if not goes_on and folder.exists():
+            raise UserError(
+                f"{folder} exists; choose another --name, or add --resume to keep the runs that are finished and go on "
+                "with the others"
+            )
+        if (folder / "config.yaml").is_file():
+            _check_same_run(load(folder / "config.yaml"), experiment, folder)
     for experiment, folder in zip(experiments, folders, strict=True):
         print(f"\n{folder}")
-        _report(experiment, train(experiment, dataclasses.replace(here, folder=folder)))
+        if (folder / "predictions.png").is_file():  # the last that a run writes
+            print("is finished, and kept")
+            continue
+        resume = _run_to_resume("auto", experiment.name, experiment.output_dir) if folder.exists() else None
+        place = dataclasses.replace(here, folder=resume or new_folder(experiment))
+        _report(experiment, train(experiment, place, resume))
     code = "".join(f" --plugin {file}" for file in registry.plugins.values())
     first, *others = map(str, folders)
     print("next, for example:")
     together = " ".join([first, *others])
     print(f"  python -m mtl evaluate {together}{code} --combine mean --uncertainty\n      measures them as one")
-    if experiments[0].bootstrap:
+    # Where each seed chooses which samples have labels, no two have drawn from the same ones.
+    if experiments[0].bootstrap and not experiments[0].data.labels:
         print(f"  python -m mtl evaluate {together}{code} --split out-of-bag")
         print("      measures each training sample by the runs that have not drawn it")
     print(f"  python -m mtl predict {first} IMAGES --with {' '.join(others)}{code}")
@@ -209,7 +235,8 @@ def _suggestions(experiment: Experiment, folder: Path, labels: Sequence[str]) ->
             (scratch, "the same from scratch, to see what this is worth"),
         ]
         if _plain_transfer(experiment):
-            lines.insert(1, (f"{then} --freeze", "the same, and leaves the backbone as it is"))
+            frozen = then.replace(f"{again}-{task}", f"{again}-{task}-frozen", 1)
+            lines.insert(1, (f"{frozen} --freeze", "the same, and leaves the backbone as it is"))
         return lines
     if experiment.signals:
         lines = [(f"python -m mtl evaluate {folder} --split test", "measures the best checkpoint on the test signals")]
@@ -220,6 +247,10 @@ def _suggestions(experiment: Experiment, folder: Path, labels: Sequence[str]) ->
     lines.append((f"python -m mtl evaluate {folder}{code} --json metrics.json", "measures the best checkpoint again"))
     if experiment.bootstrap:
         lines.append((f"python -m mtl evaluate {folder}{code} --split out-of-bag", "measures on the samples not drawn"))
+    if experiment.snapshots:
+        lines.append((f"python -m mtl evaluate {folder}{code} --snapshots", "measures the snapshots as one"))
+    if experiment.dropout or experiment.drop_path:
+        lines.append((f"python -m mtl predict {folder} IMAGES{code} --mc-dropout 20", "says how sure it is, too"))
     if experiment.backbone_stays:
         lines.append((f"{again}-tuned --no-freeze --init {folder}", "goes on from here with the whole network"))
         lines.append((f"{again}-random --init none", "the same on a random backbone, to see what this one is worth"))

@@ -28,6 +28,27 @@ def values_of_flag(words: Sequence[str], flag: str, count: int | None = None) ->
     return values
 
 
+OPTIONS_OF = {"segmentation": "segmentation", "depth": "depth", "classification": "classification", "mask": "masked"}
+"""The task that each nested group of options is for."""
+
+
+def check_used(words: Sequence[str], tasks: Sequence[str]) -> None:
+    """Refuse options, given as flags, of a task that is not learned; in YAML they may wait for it.
+
+    Raises:
+        UserError: There is one.
+    """
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        group, dot, _ = flag.removeprefix("--").partition(".")
+        task = OPTIONS_OF.get(group)
+        if flag.startswith("--") and dot and task and task not in tasks:
+            raise UserError(
+                f"{flag} is for --task {task}, and this training learns {' and '.join(tasks)}; leave it out, or add "
+                "the task"
+            )
+
+
 def take_plugins(words: Sequence[str]) -> None:
     """Read the files of users' code that the command line names, which define names that its other flags may use.
 
