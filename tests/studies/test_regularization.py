@@ -228,6 +228,23 @@ def test_it_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
         signals.run(tmp_path, words, [0, 2], None, 1, lines.append, SHORT)
 
 
+def test_ctrl_c_ends_trainings_at_their_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    steps: list[int] = []
+    tell = signals._tell
+
+    def interrupted(watchers, stop, step, parameters):
+        steps.append(step)
+        if len(steps) == 3:
+            stop.set()
+        tell(watchers, stop, step, parameters)
+
+    monkeypatch.setattr(signals, "_tell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        signals.run(tmp_path, ["l2"], [0, 1], None, 2, lambda line: None, SHORT)
+    assert len(steps) <= 4  # of two trainings at a time
+    assert not list((tmp_path / "results").iterdir())
+
+
 def test_the_lectures_figures_are_drawn_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["study", "lecture", "--figures", "l2", "--output-dir", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["l2.csv", "l2.png"]

@@ -113,7 +113,8 @@ def draw(folder: Path, quick: bool) -> str:
     return plate.save(
         folder,
         "dropout",
-        f"A kink away from the data: gradient descent leaves its {HEIGHT:g} at {kink(plain[-1]):.1f}, dropout brings "
+        f"A kink away from the data: gradient descent leaves its change of slope of {HEIGHT:g} at "
+        f"{kink(plain[-1]):.1f}, dropout brings "
         f"it to {np.abs(kink(last)).mean():.2f} (mean of {runs} runs). Test error {test_errors[0]:.3f} and "
         f"{test_errors[1]:.3f}; the training error is {errors[0]:.3f} and, with dropout, {errors[1]:.3f}.",
     )

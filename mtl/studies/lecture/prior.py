@@ -58,7 +58,7 @@ def draw(folder: Path, quick: bool) -> str:
     counts.line("minima that these lead to", strengths, [len(m.true) for m in every.values()], style="s--")
     counts.axes.set_ylim(0)
     counts.legend()
-    moved = plate.panel("the optimum moves with λ (numbers)", "φ₀", "φ₁")
+    moved = plate.panel("where the optimum moves: λ beside it", "φ₀", "φ₁")
     best = np.array([minima.optimum for minima in every.values()])
     moved.line("optimum", *best.T, style="o-", color="red")
     for strength, point in zip(strengths, best, strict=True):

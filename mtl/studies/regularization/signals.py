@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +28,11 @@ from mtl.tasks.classification import Classification
 
 RHO, RATED = 0.05, 1000
 """How far weights move for the sharpness, and on how many of the training signals it is measured."""
+
+_HELD_OUT = (
+    "Rows on fewer signals and those of early stopping train on 3500 signals, as 500 are for validation; their "
+    "training error is on these 3500."
+)
 
 RESULTS = "results"
 """Folder of what has been measured."""
@@ -103,12 +109,14 @@ def run(
         with ThreadPoolExecutor(jobs) as pool:
             # The longest first, so that none is left at the end that the others wait for.
             ordered = sorted(kinds.values(), key=lambda group: -_work(group))
-            futures = [pool.submit(_measure_group, group, seeds, published, files) for group in ordered]
+            stop = threading.Event()
+            futures = [pool.submit(_measure_group, group, seeds, published, files, stop) for group in ordered]
             try:
                 for number, future in enumerate(as_completed(futures), 1):
                     future.result()
                     say(f"[{number}/{len(futures)}, {time.perf_counter() - start:.0f} s] {future.result()}")
             except BaseException:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     finally:
@@ -138,15 +146,22 @@ def _work(group: Sequence[Technique]) -> float:
 
 
 def _measure_group(
-    group: Sequence[Technique], seeds: Sequence[int], published: Published, files: dict[Technique, Path]
+    group: Sequence[Technique],
+    seeds: Sequence[int],
+    published: Published,
+    files: dict[Technique, Path],
+    stop: threading.Event,
 ) -> str:
-    """Train what rows of one kind of recipe need, write what is measured, and return a line about it."""
+    """Train what rows of one kind of recipe need, write what is measured, and return a line about it.
+
+    Once `stop` is set, an exception ends it at the next step.
+    """
     recipes = list(dict.fromkeys(row.recipe for row in group))
     watchers = {row.reading: row.reading.watch(row.recipe, published) for row in group}
     begin = time.thread_time()
     trainer = Trainer(recipes, seeds, published)
     before = time.thread_time() - begin
-    trainer.run(lambda step, parameters: _tell(watchers.values(), step, parameters))
+    trainer.run(lambda step, parameters: _tell(watchers.values(), stop, step, parameters))
     seconds = time.thread_time() - begin
     # What one seed of one recipe takes; a start is trained once for all recipes.
     each = before / len(seeds) + (seconds - before) / (len(recipes) * recipes[0].members * len(seeds))
@@ -159,7 +174,9 @@ def _measure_group(
     return f"{labels}: {len(group)} rows in {seconds:.0f} s"
 
 
-def _tell(watchers: Iterable[Watcher], step: int, parameters: Parameters) -> None:
+def _tell(watchers: Iterable[Watcher], stop: threading.Event, step: int, parameters: Parameters) -> None:
+    if stop.is_set():
+        raise KeyboardInterrupt
     for watcher in watchers:
         watcher(step, parameters)
 
@@ -262,6 +279,7 @@ def _report(
         }
         mechanism = MECHANISMS[row.mechanism] if row.mechanism else None
         measured.append(Measured(row.label, row.strength, mechanism, result["training"], result["test"], more))
+    shown = {row.name for row in rows}
     notes = [
         f"MNIST-1D as published: 4000 training and 1000 test signals, {len(seeds)} seeds. A perceptron with two "
         f"hidden layers of 200, He's initialisation, SGD with a learning rate of {base.rate:g} and momentum of "
@@ -270,8 +288,7 @@ def _report(
         "same order of them in every row.",
         "Nothing was chosen by the test signals: every strength that was tried is shown. To take the best of several "
         "rows by their test errors would be such a choice.",
-        "Rows on fewer signals and those of early stopping train on 3500 signals, as 500 are for validation; their "
-        "training error is on these 3500.",
+        *([_HELD_OUT] if any(row.recipe.signals == "train" for row in rows) else []),
         *_luck(rows, results),
         "Input gradient: mean norm of the gradient of a test signal's cross-entropy by the signal; small is smooth. "
         f"Sharpness: by how much the cross-entropy of {RATED} training signals rises at most, to first order, "
@@ -279,10 +296,10 @@ def _report(
         "falling raises it, so that it compares like with like only. Several networks have no common minimum, and "
         "medians and votes no gradient (-).",
         "Seconds: processor time of a training for one seed, of all members of an ensemble and of what comes before; "
-        "networks are trained many at a time, which is less for each than one by itself. Moving and plain averages are "
-        "kept beside one another in the baseline's own training. Parameters: of what must be kept to predict.",
-        f"Batch variance is over {PARTS} parts of each batch.",
-        LEFT_OUT,
+        "networks are trained many at a time, which is less for each than one by itself; averages of weights are kept "
+        "beside one another in one training. Parameters: of what must be kept to predict.",
+        *([f"Batch variance is over {PARTS} parts of each batch."] if "batch-variance" in shown else []),
+        *([LEFT_OUT] if len(rows) == len(techniques(base)) else []),
     ]
     return write(folder, "Regularization on MNIST-1D", [Section("error in percent", measured)], notes)
 
