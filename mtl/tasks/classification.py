@@ -12,7 +12,7 @@ from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.errors import UserError
 from mtl.tasks.base import Panel, SumsMetric, most_precise, no_labels
 from mtl.tasks.classes import OfClasses, cross_entropy
-from mtl.tasks.colours import class_colours
+from mtl.tasks.colours import RIGHT, WRONG, class_colours
 
 _CELL = 8
 """Side in pixels of a class's cell in a picture."""
@@ -89,7 +89,7 @@ class Classification(OfClasses):
     def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, Panel]:
         """Draw a row of cells, one a class, of which that of the sample's class has its colour.
 
-        In the error the cell of the prediction is grey where it is right, and vermilion where it is wrong.
+        In the error the cell of the prediction is grey where it is right, and white where it is wrong.
         """
         palette = class_colours(self.channels)
         predicted = prediction.cpu().numpy()
@@ -98,7 +98,7 @@ class Classification(OfClasses):
         true = target.cpu().numpy()
         known = true != IGNORE_INDEX
         shown = np.where(known, true, 0)
-        verdict = np.where((predicted == true)[:, None], _RIGHT, _WRONG)
+        verdict = np.where((predicted == true)[:, None], RIGHT, WRONG)
         return {
             "classification target": self._draw(shown, palette[shown] * known[:, None]),
             "classification prediction": self._draw(predicted, palette[predicted]),
@@ -118,10 +118,6 @@ class Classification(OfClasses):
         cells = np.zeros((len(classes), 1, self.channels, 3), np.uint8)
         cells[np.arange(len(classes)), 0, classes] = colours
         return Panel(cells.repeat(_CELL, axis=1).repeat(_CELL, axis=2))
-
-
-_RIGHT = np.array([128, 128, 128], dtype=np.uint8)
-_WRONG = np.array([213, 94, 0], dtype=np.uint8)
 
 
 class ClassificationMetric(SumsMetric):

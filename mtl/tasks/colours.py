@@ -19,6 +19,10 @@ OKABE_ITO = np.array(
 )
 """The seven colours of Okabe & Ito (2008, "Color Universal Design") that are not black."""
 
+RIGHT = np.array([128, 128, 128], dtype=np.uint8)
+WRONG = np.array([255, 255, 255], dtype=np.uint8)
+"""Where a class is right and where it is wrong: no class has these colours."""
+
 _TO_LMS = np.array(
     [
         [0.4122214708, 0.5363325363, 0.0514459929],
@@ -50,8 +54,8 @@ def class_colours(count: int) -> np.ndarray:
 
     The first seven are Okabe & Ito's. Each further one is the colour farthest, to a person with or without
     red-green colour blindness, from all before it and from black and mid-grey, which have other meanings in
-    the pictures; very dark and very light ones are not used. A class keeps its colour whatever the number of
-    classes.
+    the pictures, as white has; very dark and very light ones are not used. A class keeps its colour whatever the
+    number of classes.
 
     Args:
         count: At most 256.
@@ -66,7 +70,7 @@ def _palette(size: int = 256) -> np.ndarray:
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness = _seen_by_all(grid)[0, :, 0]
     grid = grid[(lightness > 0.35) & (lightness < 0.95)]
-    reserved = np.array([[0, 0, 0], [128, 128, 128]], dtype=np.uint8)
+    reserved = np.stack([np.zeros_like(RIGHT), RIGHT])
     seen = _seen_by_all(grid)
     distance = np.full(len(grid), np.inf)
     chosen = list(OKABE_ITO)

@@ -14,7 +14,7 @@ from mtl.config import SegmentationOptions
 from mtl.data.sample import IGNORE_INDEX, Batch, DataInfo
 from mtl.tasks.base import Panel, local_mean, no_labels, over_labelled_ranks
 from mtl.tasks.classes import OfClasses, cross_entropy
-from mtl.tasks.colours import class_colours
+from mtl.tasks.colours import RIGHT, WRONG, class_colours
 
 
 class Segmentation(OfClasses):
@@ -107,13 +107,13 @@ class Segmentation(OfClasses):
         return 1 - metrics["miou"]
 
     def pictures(self, prediction: Tensor, target: Tensor | None) -> dict[str, Panel]:
-        """Draw classes in the colours of `class_colours`; in the error, what is right is grey."""
+        """Draw classes in the colours of `class_colours`; in the error, what is right is grey, what is wrong white."""
         palette = self._palette()
         predicted = prediction.cpu().numpy()
         if target is None:
             return {"segmentation prediction": Panel(palette[predicted])}
         true = target.cpu().numpy()
-        error = np.where((predicted == true)[..., None], _RIGHT, _WRONG)
+        error = np.where((predicted == true)[..., None], RIGHT, WRONG)
         error[true == IGNORE_INDEX] = 0
         return {
             "segmentation target": Panel(palette[true]),
@@ -139,10 +139,6 @@ class Segmentation(OfClasses):
         palette = np.zeros((256, 3), dtype=np.uint8)
         palette[: self.channels] = class_colours(self.channels)
         return palette
-
-
-_RIGHT = np.array([128, 128, 128], dtype=np.uint8)
-_WRONG = np.array([213, 94, 0], dtype=np.uint8)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class TestPictures:
 
         assert tuples("target") == [row(0, colours[0]), row(1, colours[1]), row(None)]
         assert tuples("prediction") == [row(0, colours[0]), row(2, colours[2]), row(1, colours[1])]
-        assert tuples("error") == [row(0, (128, 128, 128)), row(2, (213, 94, 0)), row(None)]
+        assert tuples("error") == [row(0, (128, 128, 128)), row(2, (255, 255, 255)), row(None)]
 
     def test_without_a_target_the_prediction_alone(self) -> None:
         assert list(Classification(INFO).pictures(torch.tensor([1]), None)) == ["classification prediction"]
