@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,23 @@ def records(folder: Path) -> list[wandb_internal_pb2.Record]:
     2 first, 3 middle, 4 last). The end of a block too short for a header is padding.
     """
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, position, content, found = path.read_bytes(), 7, b"", []
+    # W&B's own process may still be writing when a run has ended.
+    deadline = time.monotonic() + 20
+    while not (found := _whole_records(path.read_bytes())) or found[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, "the last record is not there"
+        time.sleep(0.1)
+    return found
+
+
+def _whole_records(data: bytes) -> list[wandb_internal_pb2.Record]:
+    position, content, found = 7, b"", []
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            break
         content += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
