@@ -203,9 +203,9 @@ def verdicts(section: Section) -> list[str]:
 TEST_NOTE = (
     f"Means with 95 % confidence intervals over seeds (Student's t). A row's test errors are compared with the "
     "baseline's of the same seeds by a paired t-test. As there are many rows, p-values are adjusted after Holm, for "
-    f"all rows together: 'helps' and 'hurts' stand where the adjusted one is below {LEVEL:g}. 'Not shown' is no proof "
-    "that there is no effect; a smaller one may need more seeds. Of two or three seeds intervals are wide, and the "
-    "test leans on the differences' being normal."
+    f"all rows of one error together: 'helps' and 'hurts' stand where the adjusted one is below {LEVEL:g}. 'Not shown' "
+    "is no proof that there is no effect; a smaller one may need more seeds. Of two or three seeds intervals are wide, "
+    "and the test leans on the differences' being normal."
 )
 
 
