@@ -15,7 +15,7 @@ import mtl.experiment
 from mtl.cli import main
 from mtl.transfer.weights import load_checkpoint
 
-FLAGS = ["--task", "depth", "segmentation", "--augment", "light", "--data.workers", "0"]
+FLAGS = ["--task", "depth", "segmentation", "--dropout", "0.2", "--augment", "light", "--data.workers", "0"]
 
 
 class _PowerCutError(Exception):
@@ -56,8 +56,8 @@ def same(first: Path, second: Path) -> None:
 
 
 VARIANTS = {
-    "epochs": ["--epochs", "3", "--dropout", "0.2"],
-    "steps": ["--max-steps", "16", "--checkpoint-every", "5", "--dropout", "0.2"],
+    "epochs": ["--epochs", "3"],
+    "steps": ["--max-steps", "16", "--checkpoint-every", "5"],
     "ema": ["--epochs", "3", "--checkpoint-every", "2", "--ema", "0.9", "--freeze"],
     "accumulate": ["--epochs", "3", "--checkpoint-every", "1", "--accumulate", "2", "--optimizer", "sgd"],
     "uncertainty": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "uncertainty"],
@@ -66,7 +66,7 @@ VARIANTS = {
     "gradnorm": ["--epochs", "3", "--checkpoint-every", "2", "--weighting", "gradnorm", "--weighting-on", "parameters"],
     "masked": [
         *("--task", "masked", "--data.size", "64", "64", "--epochs", "3", "--checkpoint-every", "2"),
-        *("--mask.probe-every", "2"),
+        *("--dropout", "0", "--mask.probe-every", "2"),
     ],
     "joint": [
         *("--task", "depth", "masked", "--data.size", "64", "64", "--max-steps", "16", "--checkpoint-every", "5"),
@@ -74,28 +74,8 @@ VARIANTS = {
         *("--mask.probe-every", "3"),
     ],
     "regularized": [
-        *(
-            "--init",
-            "shipped",
-            "--max-steps",
-            "16",
-            "--checkpoint-every",
-            "5",
-            "--dropout",
-            "0.2",
-            "--drop-path",
-            "0.1",
-        ),
-        *(
-            "--swa",
-            "0.4",
-            "--regularize.l2-sp",
-            "0.01",
-            "--regularize.sam",
-            "0.05",
-            "--regularize.weight-noise",
-            "0.001",
-        ),
+        *("--init", "shipped", "--max-steps", "16", "--checkpoint-every", "5", "--drop-path", "0.1", "--swa", "0.4"),
+        *("--regularize.l2-sp", "0.01", "--regularize.sam", "0.05", "--regularize.weight-noise", "0.001"),
         *("--regularize.depth-jitter", "0.1", "--regularize.measure", "3"),
     ],
     "validate": ["--max-steps", "16", "--checkpoint-every", "4", "--validate-every", "4"],
