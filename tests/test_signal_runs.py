@@ -198,6 +198,10 @@ class TestSeeds:
         for seed, weights in enumerate(expected):
             again = state(tmp_path / f"few-seed{seed}")
             assert all(torch.equal(again[name], value) for name, value in weights.items())
+        assert main([*given, "--resume", "--max-steps", "6"], program="train.py") == 0
+        assert "finished, and kept" not in capsys.readouterr().out
+        for seed in range(3):
+            assert load_checkpoint(tmp_path / f"few-seed{seed}" / "last.ckpt")["global_step"] == 6
 
 
 class TestRefusals:

@@ -26,6 +26,9 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Fields that may differ when a run goes on; any other would make it another run."""
 
+LENGTH = ("epochs", "max_steps", "patience")
+"""Those of them that say when a training ends."""
+
 
 @dataclasses.dataclass
 class _Files(Configured):
@@ -141,7 +144,7 @@ def _train_seeds(experiments: list[Experiment], goes_on: bool) -> None:
             _check_same_run(load(folder / "config.yaml"), experiment, folder)
     for experiment, folder in zip(experiments, folders, strict=True):
         print(f"\n{folder}")
-        if (folder / "predictions.png").is_file():  # the last that a run writes
+        if _is_finished(folder, experiment):
             print("is finished, and kept")
             continue
         resume = _run_to_resume("auto", experiment.name, experiment.output_dir) if folder.exists() else None
@@ -158,6 +161,14 @@ def _train_seeds(experiments: list[Experiment], goes_on: bool) -> None:
         print("      measures each training sample by the runs that have not drawn it")
     print(f"  python -m mtl predict {first} IMAGES --with {' '.join(others)}{code}")
     print("      predicts pictures of your own with all of them, and how far they disagree")
+
+
+def _is_finished(folder: Path, experiment: Experiment) -> bool:
+    """Return whether a run has come to its end, and is not to be longer now."""
+    if not (folder / "predictions.png").is_file():  # the last that a run writes
+        return False
+    stored = load(folder / "config.yaml")
+    return all(getattr(stored, name) == getattr(experiment, name) for name in LENGTH)
 
 
 def _report(experiment: Experiment, outcome: "Outcome") -> None:
